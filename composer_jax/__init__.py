@@ -1,0 +1,1 @@
+"""Composable, controllable latent diffusion in JAX."""

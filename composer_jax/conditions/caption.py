@@ -1,0 +1,116 @@
+"""Caption: what a sentence says, as CLIP reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from composer_jax.conditions.base import Condition, Feature, Part, register
+
+_SIDE, _MARGIN = 256, 12  # pixels of a rendered caption
+
+
+class Caption(Condition):
+    """CLIP's word and sentence embeddings of a text. The tool is a CLIP with `text` and `image`.
+
+    `blend` goes along the sphere for the sentence and straight from word to word at each position.
+    """
+
+    name = "caption"
+    doc = "a sentence that says what is in the image"
+    parts: Mapping[str, Part] = {
+        "tokens": Part("tokens", ("text_length", "text_width")),
+        "vector": Part("vector", ("embed_width",)),
+    }
+    feature: Mapping[str, Feature] = {
+        "text": Feature((), "str", "text"),
+        "ids": Feature(("text_length",), "int32", "raw"),
+        "tokens": Feature(("text_length", "text_width"), "float32", "raw"),
+        "vector": Feature(("embed_width",), "float32", "raw"),
+    }
+    tool = "clip"
+
+    def extract(self, images, given=None, tool=None) -> dict[str, Any]:
+        """Encodes `given["caption"]` (B texts): "text" a list of B, "ids", "tokens", "vector".
+
+        Raises ValueError where the source gives no captions, or another number, or no CLIP is
+        there.
+        """
+        texts = given.get("caption") if given is not None else None
+        if texts is None:
+            raise ValueError(
+                "caption needs texts given by the source (metadata.jsonl, metadata.csv or a .txt "
+                "beside each image), or one by hand"
+            )
+        texts = [str(text) for text in texts]
+        if len(texts) != len(images):
+            raise ValueError(f"caption: {len(texts)} texts for {len(images)} images")
+        return {"text": texts, **_needed(tool).text(texts)}
+
+    def value(self, stored) -> dict[str, jax.Array]:
+        """{"tokens": float32 [L, D], "vector": float32 [E]}."""
+        return {name: jnp.asarray(stored[name], jnp.float32) for name in self.parts}
+
+    def parse(self, text, tool=None) -> dict[str, Any]:
+        """Encodes one sentence. Raises ValueError where it is no str or there is no CLIP."""
+        if not isinstance(text, str):
+            raise ValueError(f"caption takes a sentence (str), not {type(text).__name__}")
+        encoded = _needed(tool).text([text])
+        return {"text": text, **{name: array[0] for name, array in encoded.items()}}
+
+    def absent(self, tool=None) -> dict[str, Any]:
+        """The encoded empty caption: what stands where no caption is given."""
+        return self.parse("", tool)
+
+    def render(self, stored) -> np.ndarray:
+        """The text, wrapped, black on white, uint8 [256, 256, 3]; shrunk until it fits."""
+        from PIL import Image, ImageDraw, ImageFont
+
+        text = " ".join(str(stored["text"]).split())[:2000]  # more is not legible anyway
+        page = Image.new("RGB", (_SIDE, _SIDE), "white")
+        draw = ImageDraw.Draw(page)
+        room = _SIDE - 2 * _MARGIN
+        for size in (28, 22, 18, 14, 11, 8, 6):
+            font = ImageFont.load_default(size)
+            lines = "\n".join(_wrap(text, lambda line, font=font: font.getlength(line) <= room))
+            box = draw.multiline_textbbox((_MARGIN, _MARGIN), lines, font=font)
+            if box[3] <= _SIDE - _MARGIN:
+                break
+        draw.multiline_text((_MARGIN, _MARGIN), lines, font=font, fill="black")
+        return np.asarray(page)
+
+    def measure(self, wanted, image, tool=None) -> float:
+        """The cosine between the sentence's and the image's embeddings, in [-1, 1].
+
+        As CLIP gives it, unscaled: OpenAI's models give true pairs of photo and caption about 0.3,
+        so it is to be read beside its oracle. Raises ValueError without a CLIP.
+        """
+        return float(np.dot(wanted["vector"], _needed(tool).image(np.asarray(image)[None])[0]))
+
+
+def _wrap(text: str, fits) -> list[str]:
+    """Lines that fit, broken at spaces; a word that fits nowhere is broken inside."""
+    lines = [""]
+    for word in text.split(" "):
+        if fits(f"{lines[-1]} {word}".strip()):
+            lines[-1] = f"{lines[-1]} {word}".strip()
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and not fits(lines[-1] + letter):
+                lines.append("")
+            lines[-1] += letter
+    return lines if lines[0] else lines[1:] or [""]
+
+
+def _needed(tool):
+    if tool is None:
+        raise ValueError("caption needs a CLIP passed as tool (a directory or a hub name)")
+    return tool
+
+
+register(Caption())

@@ -1,0 +1,131 @@
+"""Depth: how near every point is, relative to the rest of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from composer_jax.conditions.base import Condition, Feature, Part, register
+from composer_jax.conditions.image import fit_map, load_image
+from composer_jax.conditions.maps import grey, load_map
+
+_NEAR = 65535
+_FLAT = 1e-4  # relative spread under which a map says nothing but "all at one distance"
+_SOURCES = (
+    "a depth map given by the source, a depth image by hand, or a depth network passed as tool"
+)
+
+
+class Depth(Condition):
+    """Relative inverse depth in [0, 1]: 1 is the nearest point, 0 the farthest or the sky.
+
+    The tool is a depth network: uint8 [B, H, W, 3] -> relative inverse depth, float [B, H, W],
+    near = large, of any scale and offset.
+    """
+
+    name = "depth"
+    doc = "how near every point is: a grey image, near is white (8 or 16 bits), or a .npy"
+    parts: Mapping[str, Part] = {"map": Part("spatial", (1,))}
+    feature = Feature(("h", "w"), "uint16", "png", resize="area")
+    tool = "depth"
+
+    def extract(self, images, given=None, tool=None) -> np.ndarray:
+        """uint16 [B, H, W] from `given["depth"]` (true distance, larger = farther; inf, and what
+        is not positive, is sky) or else by the tool. Raises ValueError where there is neither."""
+        if given is not None and given.get("depth") is not None:
+            return np.stack([_from_distance(distance) for distance in given["depth"]])
+        if tool is None:
+            raise ValueError(f"depth needs {_SOURCES}")
+        return np.stack(
+            [_normalise(inverse, "the depth network") for inverse in _run(tool, images)]
+        )
+
+    def value(self, stored) -> dict[str, jax.Array]:
+        """{"map": float32 [h, w, 1] in [0, 1]}."""
+        return {"map": jnp.asarray(stored, jnp.float32)[..., None] / _NEAR}
+
+    def parse(self, text, tool=None) -> np.ndarray:
+        """uint16 [H, W] from a grey image (near is white) or an array [H, W] of relative inverse
+        depth, stretched to the full range. An image in colour goes through the tool.
+
+        Raises ValueError where it is in colour and there is no tool, or is no map of numbers.
+        """
+        loaded = load_map(text)
+        what = text if isinstance(text, str) else "the depth map"
+        inverse = grey(loaded)
+        if inverse is not None:
+            return _normalise(inverse, what)
+        if loaded.ndim != 3 or loaded.shape[2] not in (3, 4):
+            raise ValueError(f"{what} has shape {loaded.shape}; a depth map is [H, W]")
+        if tool is None:
+            raise ValueError(f"{what} is in colour; depth needs {_SOURCES}")
+        image = load_image(text)
+        return self.extract(image[None], tool=tool)[0]
+
+    def render(self, stored) -> np.ndarray:
+        """Grey, uint8 [H, W, 3]; `parse` reads it back (to 8 bits)."""
+        grey_HxWx1 = ((np.asarray(stored, np.uint32) + 128) // 257).astype(np.uint8)[..., None]
+        return np.repeat(grey_HxWx1, 3, axis=2)
+
+    def measure(self, wanted, image, tool=None) -> float:
+        """Spearman's correlation between `wanted` and what the tool sees in the image, in [-1, 1].
+
+        Of two flat maps 1, of one 0. Raises ValueError without a tool.
+        """
+        if tool is None:
+            raise ValueError("measuring depth needs a depth network passed as tool")
+        wanted = np.asarray(wanted, np.float64)
+        found = fit_map(np.asarray(_run(tool, image[None])[0], np.float64), wanted.shape, "area")
+        return spearman(wanted, found)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two arrays of one shape, ties by their mean rank.
+
+    Where both are constant 1, where one is 0.
+    """
+    from scipy.stats import rankdata
+
+    flat = [bool(np.ptp(values) <= _FLAT * np.abs(values).max()) for values in (a, b)]
+    if any(flat):
+        return float(all(flat))
+    ranks = [rankdata(values.ravel()) for values in (a, b)]
+    return float(np.clip(np.corrcoef(*ranks)[0, 1], -1.0, 1.0))
+
+
+def _run(tool, images) -> np.ndarray:
+    inverse = np.asarray(tool(images))
+    if inverse.shape[0] != len(images) or inverse.ndim != 3:
+        raise ValueError(
+            f"the depth network gave {list(inverse.shape)} for images {list(np.shape(images))}; "
+            "[B, H, W] is wanted"
+        )
+    return inverse
+
+
+def _from_distance(distance) -> np.ndarray:
+    distance = np.asarray(distance, np.float64)
+    solid = np.isfinite(distance) & (distance > 0)
+    inverse = 1.0 / np.maximum(np.where(solid, distance, 1.0), 1e-300)
+    return _normalise(np.where(solid, inverse, 0.0), "the depth map")
+
+
+def _normalise(inverse: np.ndarray, what) -> np.ndarray:
+    """Any scale and offset to 0 .. 65535; a flat map is near all over, a black one far."""
+    if inverse.dtype.kind not in "biuf":
+        raise ValueError(f"{what} holds {inverse.dtype}, not numbers")
+    inverse = inverse.astype(np.float64)
+    if inverse.ndim != 2 or not inverse.size:
+        raise ValueError(f"{what} has shape {inverse.shape}; a depth map is [H, W]")
+    if not np.all(np.isfinite(inverse)):
+        raise ValueError(f"{what} holds values that are not finite; near is large, the sky 0")
+    low, high = inverse.min(), inverse.max()
+    if high - low <= _FLAT * max(abs(low), abs(high)):
+        return np.where(inverse > 0, _NEAR, 0).astype(np.uint16)
+    return np.rint((inverse - low) / (high - low) * _NEAR).astype(np.uint16)
+
+
+register(Depth())

@@ -1,0 +1,178 @@
+"""Image files and arrays in, uint8 RGB out; and the three ways to bring a map to a size."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+MAX_PIXELS = 100_000_000  # read from the header, before anything is decoded
+
+
+def load_image(source) -> np.ndarray:
+    """Reads an image as uint8 RGB [H, W, 3], as a viewer would show it on white paper.
+
+    `source` is a path or an array: uint8, uint16, bool or float in [0, 1]; [H, W], or [H, W, C]
+    with C = 1 (grey), 2 (grey and alpha), 3 or 4 (alpha). EXIF orientation is honoured,
+    transparency lies on white, 16-bit values are scaled to 8.
+
+    Raises ValueError, one line naming the file, where it is missing, no image, broken, or larger
+    than 100 megapixels (refused before it is decoded).
+    """
+    image_HxWxC = load_rgba(source)
+    if image_HxWxC.shape[2] == 3:
+        return image_HxWxC
+    alpha_HxWx1 = image_HxWxC[..., 3:].astype(np.uint32)
+    rgb_HxWx3 = image_HxWxC[..., :3].astype(np.uint32)
+    return ((rgb_HxWx3 * alpha_HxWx1 + 255 * (255 - alpha_HxWx1) + 127) // 255).astype(np.uint8)
+
+
+def load_rgba(source) -> np.ndarray:
+    """Reads an image as uint8, [H, W, 4] where it has an alpha channel and [H, W, 3] where not.
+
+    Takes and raises what `load_image` does.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _decode(Path(source))
+    return _from_array(np.asarray(source), "the image")
+
+
+def load_array(path) -> np.ndarray:
+    """Reads a .npy file; raises ValueError, one line naming the file, where that fails."""
+    try:
+        return np.load(_existing(Path(path)), allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        if str(path) in str(error):
+            raise ValueError(str(error)) from error
+        raise ValueError(f"{path} is not a readable .npy file (arrays of plain numbers)") from error
+
+
+def _existing(path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    return path
+
+
+def _decode(path: Path) -> np.ndarray:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(_existing(path)) as image:
+            _check_size(path, image.width * image.height, f"{image.width} x {image.height} px")
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":
+                return _from_array(_as_uint16(np.asarray(image)), str(path))
+            clear = "A" in image.getbands() or "a" in image.getbands()
+            clear = clear or "transparency" in image.info
+            return np.array(image.convert("RGBA" if clear else "RGB"))
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        _check_size(path, MAX_PIXELS + 1, f"{pixels[0]} px" if pixels else "huge")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image (PNG, JPEG, WebP and others are)") from error
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} is broken: {error}") from error
+    except Exception as error:  # decoders raise whatever they like on bad bytes
+        raise ValueError(f"{path} is broken: {str(error) or type(error).__name__}") from error
+
+
+def _check_size(path: Path, pixels: int, size: str) -> None:
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"{path} is too large ({size}); at most {MAX_PIXELS // 10**6} megapixels")
+
+
+def _as_uint16(values: np.ndarray) -> np.ndarray:
+    """16-bit grey as it is; wide integers and floats by the smallest usual range they fit in."""
+    if np.issubdtype(values.dtype, np.floating):
+        largest = values[np.isfinite(values)].max(initial=0.0)
+        top = 1.0 if largest <= 1.0 else 255.0 if largest <= 255.0 else 65535.0
+        values = np.rint(np.nan_to_num(values / top, posinf=1.0) * 65535.0)
+    return values.clip(0, 65535).astype(np.uint16)
+
+
+def _from_array(array: np.ndarray, what: str) -> np.ndarray:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or not 1 <= array.shape[2] <= 4 or 0 in array.shape:
+        raise ValueError(f"{what} has shape {array.shape}; allowed are [H, W] and [H, W, 1 to 4]")
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    elif array.dtype == np.uint16:
+        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    elif np.issubdtype(array.dtype, np.floating):
+        if not (np.all(array >= 0.0) and np.all(array <= 1.0)):
+            raise ValueError(f"{what} has values outside [0, 1]; float images lie in it")
+        array = np.rint(array * 255.0).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ValueError(
+            f"{what} is {array.dtype}; allowed are uint8, uint16, bool, float in [0, 1]"
+        )
+    colour = array[..., :1].repeat(3, axis=2) if array.shape[2] < 3 else array[..., :3]
+    alpha = array[..., -1:] if array.shape[2] in (2, 4) else array[..., :0]
+    return np.ascontiguousarray(np.concatenate([colour, alpha], axis=2))
+
+
+def fit_map(array: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
+    """Crops the middle of [H, W] or [H, W, C] to the shape of `size` (h, w) and brings it there.
+
+    `how`: "nearest" keeps values as they are (ids); "area" averages going down and interpolates
+    going up; "lines" keeps every thin line (0 is the ground), one pixel wide. dtype is kept.
+    """
+    height, width = size
+    if array.shape[:2] == (height, width):
+        return array
+    scale = min(array.shape[0] / height, array.shape[1] / width)
+    top = (array.shape[0] - height * scale) / 2
+    left = (array.shape[1] - width * scale) / 2
+    if how == "area":
+        return _area(array, size, (left, top, left + width * scale, top + height * scale))
+    if how == "nearest":
+        rows = _cells(top, scale, height, array.shape[0], 0.5)
+        columns = _cells(left, scale, width, array.shape[1], 0.5)
+        return array[rows[:, None], columns[None, :]]
+    if how == "lines":
+        return _lines(array, size, (top, left), scale)
+    raise ValueError(f"no way {how!r} to change a size; allowed: nearest, area, lines")
+
+
+def _cells(start: float, scale: float, count: int, limit: int, at: float) -> np.ndarray:
+    """The index that lies `at` (0 = the first edge) of each of `count` cells."""
+    cells = np.floor(start + (np.arange(count) + at) * scale + 1e-6).astype(np.int64)
+    return cells.clip(0, limit - 1)
+
+
+def _area(array: np.ndarray, size: tuple[int, int], box: tuple[float, ...]) -> np.ndarray:
+    from PIL import Image
+
+    shrinks = box[3] - box[1] >= size[0]
+    way = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+
+    def resize(plane: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(plane).resize(size[::-1], way, box=box))
+
+    if array.dtype == np.uint8 and (array.ndim == 2 or array.shape[2] == 3):
+        return resize(array)
+    planes = np.atleast_3d(array).astype(np.float32)
+    result = np.stack([resize(planes[..., c]) for c in range(planes.shape[2])], axis=2)
+    if np.issubdtype(array.dtype, np.integer):
+        result = np.rint(result)
+    return result.reshape(*size, *array.shape[2:]).astype(array.dtype)
+
+
+def _lines(array, size, start: tuple[float, float], scale: float) -> np.ndarray:
+    from skimage.morphology import skeletonize
+
+    rows = _cells(start[0], scale, size[0], array.shape[0], 0.0)
+    columns = _cells(start[1], scale, size[1], array.shape[1], 0.0)
+    bottom, right = (int(np.ceil(start[i] + size[i] * scale - 1e-6)) for i in (0, 1))
+    # reduceat takes the maximum from each start to the next; its own value where starts repeat.
+    largest = np.maximum.reduceat(array[:bottom, :right], rows, axis=0)
+    largest = np.maximum.reduceat(largest, columns, axis=1)
+    return np.where(skeletonize(largest > 0), largest, np.zeros_like(largest))

@@ -1,0 +1,188 @@
+"""Sketch: the contours of an image, as Canny finds them at every size alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from composer_jax.conditions.base import Condition, Feature, Part, register
+from composer_jax.conditions.image import fit_map, load_array, load_image
+
+BASE = 256  # at this short side blur is one pixel and strokes are one pixel wide
+UNIT = 16.0  # gradients go to Canny as int16; one grey level a pixel is UNIT
+STEEP, WEAK = 1.5, 0.4  # high = STEEP x mean gradient, low = WEAK x high
+FAINTEST = 3.0  # grey levels a blur width; what is fainter is no edge in any image
+
+
+class Sketch(Condition):
+    """Lines on an empty ground, 1 where a line is.
+
+    One photo gives one drawing at any size: blur and stroke width grow with the short side (1 px at
+    256) and both thresholds follow the image's own mean gradient, so the share of inked pixels
+    stays. Edges between colours of equal brightness count: the steepest channel decides.
+    """
+
+    name = "sketch"
+    doc = "contours, white on black or black on white"
+    keep_probability = 0.5
+    parts: Mapping[str, Part] = {"map": Part("spatial", (1,))}
+    feature = Feature(("h", "w"), "uint8", "png", "lines")
+
+    def __init__(
+        self,
+        low: float | None = None,
+        high: float | None = None,
+        sigma: float | None = None,
+        stroke: int | None = None,
+    ):
+        """Without `low` and `high` thresholds follow the image; with them they are fixed.
+
+        `low`, `high`: gradient, in grey levels per pixel of the blurred image; `sigma` (blur) and
+        `stroke` (line width) in pixels, else by the size. Raises ValueError where only one
+        threshold is given or they are not in order.
+        """
+        if (low is None) != (high is None):
+            raise ValueError("sketch: give both low and high, or neither")
+        if low is not None and not 0.0 <= low <= high:
+            raise ValueError(f"sketch: low {low} and high {high} must satisfy 0 <= low <= high")
+        self._thresholds = None if low is None else (low, high)
+        self._sigma, self._stroke = sigma, stroke
+
+    def extract(self, images, given=None, tool=None):
+        """Lines uint8 [B, H, W], 0 or 255, of images uint8 [B, H, W, 3] (Canny 1986)."""
+        del given, tool
+        return np.stack([self._lines(image) for image in np.asarray(images, np.uint8)])
+
+    def _lines(self, image: np.ndarray) -> np.ndarray:
+        import cv2
+
+        height, width = image.shape[:2]
+        sigma = self._sigma or max(0.7, min(height, width) / BASE)
+        smooth = cv2.GaussianBlur(
+            image.astype(np.float32), (0, 0), sigma, borderType=cv2.BORDER_REPLICATE
+        )
+        slopes = [
+            cv2.Sobel(smooth, cv2.CV_32F, *way, scale=1 / 8, borderType=cv2.BORDER_REPLICATE)
+            for way in ((1, 0), (0, 1))
+        ]
+        steepness = slopes[0] ** 2 + slopes[1] ** 2
+        channel = steepness.argmax(axis=2)[..., None]
+        dx, dy = (np.take_along_axis(slope, channel, axis=2)[..., 0] for slope in slopes)
+        low, high = self._thresholds or self._own_thresholds(np.hypot(dx, dy), sigma)
+        dx, dy = (np.rint(slope * UNIT).astype(np.int16) for slope in (dx, dy))
+        lines = cv2.Canny(dx, dy, low * UNIT, high * UNIT, L2gradient=True)
+        return self._thicken(lines)
+
+    @staticmethod
+    def _own_thresholds(gradient: np.ndarray, sigma: float) -> tuple[float, float]:
+        high = max(STEEP * float(gradient.mean()), FAINTEST / sigma)
+        return WEAK * high, high
+
+    def _width(self, size: tuple[int, ...]) -> int:
+        return self._stroke or max(1, round(min(size) / BASE))
+
+    def _thicken(self, lines: np.ndarray) -> np.ndarray:
+        """One-pixel lines to the stroke width of their size."""
+        import cv2
+
+        width = self._width(lines.shape)
+        if width == 1:
+            return lines
+        shape = cv2.MORPH_RECT if width == 2 else cv2.MORPH_ELLIPSE
+        return cv2.dilate(lines, cv2.getStructuringElement(shape, (width, width)))
+
+    def fit(self, stored, size):
+        """Crops and resizes lines uint8 [h, w]; none is lost, and all get the stroke of `size`."""
+        stored = np.asarray(stored)
+        if stored.shape == tuple(size):
+            return stored
+        return self._thicken(fit_map(stored, size, "lines"))
+
+    def value(self, stored):
+        """Lines float32 [h, w, 1], 0 or 1."""
+        return {"map": (jnp.asarray(stored, jnp.float32) / 255.0)[..., None]}
+
+    def parse(self, text, tool=None):
+        """A drawing (thin ink on black or white ground, path or array), or a photo, whose contours
+        are taken; a .npy; returns lines uint8 [h, w], 0 or 255, of the stroke of their size."""
+        del tool
+        is_path = isinstance(text, str | os.PathLike)
+        is_npy = is_path and str(text).lower().endswith(".npy")
+        array = load_array(text) if is_npy else text if is_path else np.asarray(text)
+        is_array = isinstance(array, np.ndarray)
+        if is_array and array.ndim == 2 and array.size and np.isin(array, (0, 255)).all():
+            return array.astype(np.uint8)  # lines as they are stored
+        image = load_image(array)
+        ink = _ink(image)
+        if ink is None:
+            return self._lines(image)
+        if np.isin(image, (0, 255)).all() and _core(ink, self._width(ink.shape) + 2) < 0.02:
+            return ink  # drawn by a machine, and no wider than ours
+        return self._thicken(_skeleton(ink))
+
+    def render(self, stored):
+        """White lines on black, uint8 [h, w, 3]."""
+        return np.repeat(np.asarray(stored, np.uint8)[..., None], 3, axis=2)
+
+    def measure(self, wanted, image, tool=None):
+        """Shift-corrected F1@1px: F1(wanted) less the mean F1 of wanted rolled by half a side.
+
+        At most 1; what chance would reach is 0. Returns nan where lines cover under 2 % of
+        `wanted`, too little to measure on: evaluation leaves such images out and counts them.
+        """
+        del tool
+        found = self._lines(load_image(image)) > 0
+        lines = self.fit(wanted, found.shape) > 0
+        if lines.mean() < 0.02:
+            return float("nan")
+        height, width = lines.shape
+        rolls = ((height // 2, 0), (0, width // 2), (height // 2, width // 2))
+        chance = np.mean([_f1(np.roll(lines, roll, (0, 1)), found) for roll in rolls])
+        return float(_f1(lines, found) - chance)
+
+
+def _f1(wanted: np.ndarray, found: np.ndarray) -> float:
+    """F1 of two line maps bool [h, w], where a line within one pixel counts as met."""
+    import cv2
+
+    around = np.ones((3, 3), np.uint8)
+    near_wanted, near_found = (cv2.dilate(x.astype(np.uint8), around) > 0 for x in (wanted, found))
+    precision = (found & near_wanted).sum() / max(found.sum(), 1)
+    recall = (wanted & near_found).sum() / max(wanted.sum(), 1)
+    return float(2.0 * precision * recall / max(precision + recall, 1e-12))
+
+
+def _ink(image: np.ndarray) -> np.ndarray | None:
+    """The ink of a drawing, uint8 [h, w], 0 or 255; None where the image is no drawing.
+
+    A drawing is mostly its ground, black or white, and its ink is thin.
+    """
+    import cv2
+
+    black, white = image.max(axis=2), 255 - image.min(axis=2)  # how far from either ground
+    away = min(black, white, key=lambda distance: distance.mean(dtype=np.float64))
+    if np.mean(away < 32) < 0.5:
+        return None
+    threshold, _ = cv2.threshold(away, 0, 255, cv2.THRESH_OTSU)
+    ink = (away > max(threshold, 24)).astype(np.uint8) * np.uint8(255)
+    return ink if _core(ink, max(3, min(ink.shape) // 32)) < 0.1 else None
+
+
+def _core(ink: np.ndarray, width: int) -> float:
+    """The share of ink whose whole surrounding of `width` pixels is ink: 0 for thin lines."""
+    import cv2
+
+    core = cv2.erode(ink, np.ones((width, width), np.uint8), borderValue=0)
+    return np.count_nonzero(core) / max(np.count_nonzero(ink), 1)
+
+
+def _skeleton(ink: np.ndarray) -> np.ndarray:
+    from skimage.morphology import skeletonize
+
+    return skeletonize(ink > 0).astype(np.uint8) * np.uint8(255)
+
+
+register(Sketch())

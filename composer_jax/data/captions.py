@@ -1,0 +1,71 @@
+"""Captions of built-in scenes: everything they say is true, what they leave out varies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+NUMBERS = ("no", "one", "two", "three", "four")
+PLURALS = {"torus": "tori"}
+
+
+def caption(objects: Sequence[dict], floor: str, sky: str, rng: np.random.Generator) -> str:
+    """One sentence about a scene's objects (dicts of `scenes.describe`), floor and sky.
+
+    Mentions every object; sizes, materials, relations, floor and sky are drawn.
+    """
+    with_size, with_material = rng.random() < 0.7, rng.random() < 0.4
+
+    def noun(thing: dict) -> str:
+        words = [thing["size"]] * with_size + [thing["material"]] * with_material
+        return " ".join([*words, thing["colour"], thing["shape"]])
+
+    groups: dict[str, list[dict]] = {}
+    for thing in objects:
+        groups.setdefault(noun(thing), []).append(thing)
+    things = list(groups.items())
+    pairs = [(a, b) for a in range(len(things)) for b in range(len(things)) if a != b]
+    rng.shuffle(pairs)
+    order = list(range(len(things)))
+    sentence = None
+    for a, b in pairs:
+        relations = _relations(things[a][1], things[b][1])
+        if relations and rng.random() < 0.9:
+            relation = str(rng.choice(relations))
+            sentence = f"{_count(*things[a])} {relation} {_count(*things[b])}"
+            order = [i for i in order if i not in (a, b)]
+            break
+    rest = [_count(*things[i]) for i in order]
+    sentence = _join([*rest, sentence] if sentence else rest)
+    if rng.random() < 0.5:
+        sentence += f" on a {floor} floor"
+    if rng.random() < 0.3:
+        sentence += f" under a {sky} sky"
+    return sentence
+
+
+def _count(noun: str, things: Sequence[dict]) -> str:
+    if len(things) == 1:
+        return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    *words, shape = noun.split()
+    return " ".join([NUMBERS[len(things)], *words, PLURALS.get(shape, shape + "s")])
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _relations(a: Sequence[dict], b: Sequence[dict]) -> list[str]:
+    """What is true of every pair from the two groups, by screen x and by distance."""
+    pairs = [(p, q) for p in a for q in b]
+    found = []
+    if all(p["x"] < q["x"] - 0.2 for p, q in pairs):
+        found.append("left of")
+    if all(p["x"] > q["x"] + 0.2 for p, q in pairs):
+        found.append("right of")
+    if all(p["distance"] < q["distance"] - 1.0 for p, q in pairs):
+        found.append("in front of")
+    if all(p["distance"] > q["distance"] + 1.0 for p, q in pairs):
+        found.append("behind")
+    return found

@@ -1,0 +1,196 @@
+"""Solvers of the probability-flow ODE: noise to image, and back. Each is a pure step in a scan.
+
+Every solver sees the network through `Process.x0_eps` alone, so one formula holds for each schedule
+and prediction, and at both ends (sigma = 1 with alpha = 0; sigma = 0). One scan iteration is one
+model evaluation; how many there are compiles, everything else may be traced.
+
+    ddim      x' = alpha' x0 + sqrt(sigma'^2 - std^2) eps + std z      (arXiv 2010.02502, eq. 12)
+    euler     ddim without noise: it is Euler's step in sigma/alpha, and in t on the flow schedule
+    heun      euler's step, then the mean of both slopes               (arXiv 2206.00364, alg. 1)
+    dpmpp2m   two steps' x0 extrapolated in log(alpha/sigma)           (arXiv 2211.01095, alg. 2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from composer_jax.diffusion.process import Process, is_number, one_of
+
+SOLVERS = ("ddim", "euler", "heun", "dpmpp2m")
+INVERTIBLE = ("ddim", "euler")
+TINY = 1e-30
+
+Evaluate = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Grid(NamedTuple):
+    """Process times of each evaluation: `at` it takes place, in the step from `start` to `end`.
+
+    `before`: where the step before started (the first: `start`). `second`: Heun's second look.
+    """
+
+    at: jax.Array
+    start: jax.Array
+    end: jax.Array
+    before: jax.Array
+    second: jax.Array
+
+
+def solver_evaluations(solver: str, steps: int) -> int:
+    """Model evaluations S in so many steps: 2 steps - 1 for heun, else one a step."""
+    one_of("solver", solver, SOLVERS)
+    return 2 * steps - 1 if solver == "heun" else steps
+
+
+def evaluation_times(times: np.ndarray, solver: str) -> np.ndarray:
+    """The process time of each model evaluation, float32 [S], for a grid `times` [steps + 1].
+
+    On the host; what a guidance plan is built on. For `invert`: of `times[::-1]`.
+    """
+    return np.asarray(_grid(np.asarray(times, np.float32), solver).at)
+
+
+def sample(
+    evaluate: Evaluate,
+    x_T: jax.Array,
+    times: jax.Array,
+    process: Process,
+    solver: str = "dpmpp2m",
+    key: jax.Array | None = None,
+    eta: float | jax.Array = 0.0,
+) -> jax.Array:
+    """Runs a solver from x_T down the grid of times; returns float32 of x_T's shape.
+
+    `evaluate(x, t, index)`: the raw network output at x float32 [B, ...], process time t (scalar),
+    evaluation index (scalar int32 below `solver_evaluations`). `times`: float32 [steps + 1] as of
+    `Process.times`; it may start below 1 (x_T is x there) and end above 0 (so does the result).
+    `eta`: ddim's noise, 0 none, 1 ancestral; it needs a `key`, one or [B] (one an example, so
+    that an example's noise does not depend on the batch).
+
+    Raises ValueError for an unknown solver, a grid without a step, or eta that cannot be used.
+    """
+    one_of("solver", solver, SOLVERS)
+    plain = is_number(eta) and eta == 0
+    if not plain and solver != "ddim":
+        raise ValueError(f"eta is for the solver ddim; {solver} takes none")
+    if not plain and key is None:
+        raise ValueError("eta needs a key to draw noise from")
+    noise = None if plain else (eta, key)
+    return _run(evaluate, x_T, jnp.asarray(times, jnp.float32), process, solver, noise)
+
+
+def invert(
+    evaluate: Evaluate,
+    x0: jax.Array,
+    times: jax.Array,
+    process: Process,
+    solver: str = "ddim",
+) -> jax.Array:
+    """The same ODE upwards: the x_T from which `sample` (without noise) comes back to about x0.
+
+    Arguments as for `sample`, `times` from 1 to 0 likewise; evaluation 0 is the one at the last of
+    them (arXiv 2105.05233, appendix F). Raises ValueError for a solver other than ddim and euler.
+    """
+    one_of("solver for inversion", solver, INVERTIBLE)
+    return _run(evaluate, x0, jnp.asarray(times, jnp.float32)[::-1], process, solver, None)
+
+
+def _run(evaluate, x, times, process, solver, noise) -> jax.Array:
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times has shape {times.shape}; [steps + 1] is wanted, steps at least 1")
+    step = {
+        "ddim": partial(_ddim, noise=noise),
+        "euler": partial(_ddim, noise=None),
+        "heun": _heun,
+        "dpmpp2m": _dpmpp2m,
+    }[solver]
+
+    def body(carry, inputs):
+        (x, memory), (index, grid) = carry, inputs
+        output = evaluate(x, grid.at, index).astype(jnp.float32)
+        x0, eps = process.x0_eps(output, x, grid.at)
+        return step(process, index, grid, x, x0, eps, memory), None
+
+    x = jnp.asarray(x, jnp.float32)
+    grid = _grid(times, solver)
+    index = jnp.arange(len(grid.second), dtype=jnp.int32)
+    (x, _), _ = jax.lax.scan(body, (x, jnp.zeros_like(x)), (index, grid))
+    return x
+
+
+def _grid(times, solver: str) -> Grid:
+    """The grid's times by evaluation; numpy in, numpy out."""
+    index = np.arange(solver_evaluations(solver, len(times) - 1))
+    step, second = (index // 2, index % 2) if solver == "heun" else (index, 0 * index)
+    before = np.maximum(step - 1, 0)
+    return Grid(times[step + second], times[step], times[step + 1], times[before], second == 1)
+
+
+def _ddim(process, index, grid, x, x0, eps, memory, *, noise):
+    """`memory` is not used. std is DDIM's, written so that it holds where alpha = 0 too."""
+    alpha, sigma = process.alpha(grid.end), process.sigma(grid.end)
+    if noise is None:
+        return alpha * x0 + sigma * eps, memory
+    eta, key = noise
+    start = process.alpha(grid.start) / jnp.maximum(process.sigma(grid.start), TINY)
+    shrink = jnp.minimum(start * sigma / jnp.maximum(alpha, TINY), 1.0)
+    std = eta * sigma * jnp.sqrt(1.0 - shrink**2)
+    kept = jnp.sqrt(jnp.maximum(sigma**2 - std**2, 0.0))
+    return alpha * x0 + kept * eps + std * _normal(key, index, x), memory
+
+
+def _normal(key: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
+    """Noise of evaluation `index`, of x's shape, from one key or one key an example."""
+    if not key.ndim:
+        return jax.random.normal(jax.random.fold_in(key, index), x.shape)
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), x.shape[1:]))(key)
+
+
+def _heun(process, index, grid, x, x0, eps, memory):
+    """`memory`: the first slope. The second look adds half the change of slope to Euler's step.
+
+    The slope is dx/dt = eps - x0 on the flow schedule, else d(x/alpha)/d(sigma/alpha) = eps. Out
+    of (nearly) alpha = 0 the latter is infinitely long and Euler's step stands.
+    """
+    del index
+    alpha, sigma = process.alpha(grid.end), process.sigma(grid.end)
+    alpha_start, sigma_start = process.alpha(grid.start), process.sigma(grid.start)
+    if process.schedule == "flow":
+        slope, length = eps - x0, sigma - sigma_start
+    else:
+        finite = alpha_start > 1e-3
+        ratio = sigma_start / jnp.where(finite, alpha_start, 1.0)
+        slope, length = eps, jnp.where(finite, sigma - alpha * ratio, 0.0)
+    first = alpha * x0 + sigma * eps
+    second = x + 0.5 * length * (slope - memory)
+    return jnp.where(grid.second, second, first), slope
+
+
+def _dpmpp2m(process, index, grid, x, x0, eps, memory):
+    """`memory`: x0 of the step before.
+
+    First order (ddim's step) in the first step, in the one after alpha = 0, and to sigma = 0, where
+    log(alpha/sigma) has no finite step.
+    """
+    del index, eps
+    alpha, sigma = process.alpha(grid.end), process.sigma(grid.end)
+    alpha_start, sigma_start = process.alpha(grid.start), process.sigma(grid.start)
+    alpha_before, sigma_before = process.alpha(grid.before), process.sigma(grid.before)
+
+    def step(alpha_from, sigma_from, alpha_to, sigma_to):
+        signal = jnp.log(jnp.maximum(alpha_to, TINY)) - jnp.log(jnp.maximum(alpha_from, TINY))
+        noise = jnp.log(jnp.maximum(sigma_to, TINY)) - jnp.log(jnp.maximum(sigma_from, TINY))
+        return signal - noise
+
+    h = step(alpha_start, sigma_start, alpha, sigma)
+    h_before = step(alpha_before, sigma_before, alpha_start, sigma_start)
+    second = (h_before > 0.0) & (alpha_before > 0.0) & (sigma > 0.0)
+    gain = jnp.where(second, 0.5 * h / jnp.where(second, h_before, 1.0), 0.0)
+    ratio = sigma / jnp.maximum(sigma_start, TINY)
+    return ratio * x + (alpha - alpha_start * ratio) * (x0 + gain * (x0 - memory)), x0

@@ -1,0 +1,1 @@
+"""Conditions taken out of samples again and compared with what was asked for."""

@@ -1,0 +1,125 @@
+"""The pieces that VAE and UNet share, with the module names and numerics of diffusers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+MASKED = -1e9  # what a token that must not be seen gets in its attention logits; finite, no NaN
+
+
+def space_to_depth(x: Float[Array, "b H W c"], factor: int) -> Float[Array, "b h w d"]:
+    """Folds blocks of factor x factor pixels into channels: [B, H, W, C] to [B, H/f, W/f, f f C]."""
+    b, height, width, c = x.shape
+    x = x.reshape(b, height // factor, factor, width // factor, factor, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // factor, width // factor, -1)
+
+
+def depth_to_space(x: Float[Array, "b h w d"], factor: int) -> Float[Array, "b H W c"]:
+    """The inverse of `space_to_depth`."""
+    b, h, w, d = x.shape
+    x = x.reshape(b, h, w, factor, factor, d // factor**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, -1)
+
+
+def conv3(c_in: int, c_out: int, *, dtype, rngs: nnx.Rngs, stride: int = 1, padding=1) -> nnx.Conv:
+    """A 3 x 3 convolution."""
+    return nnx.Conv(
+        c_in, c_out, (3, 3), strides=stride, padding=padding, dtype=dtype, rngs=rngs
+    )
+
+
+def group_norm(channels: int, groups: int, eps: float, *, dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """GroupNorm over channels-last arrays."""
+    return nnx.GroupNorm(channels, num_groups=groups, epsilon=eps, dtype=dtype, rngs=rngs)
+
+
+class ResnetBlock(nnx.Module):
+    """Two normalised convolutions around a skip; the timestep embedding is added in between."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        time_width: int | None,
+        groups: int,
+        eps: float,
+        *,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        options = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = group_norm(c_in, groups, eps, **options)
+        self.conv1 = conv3(c_in, c_out, **options)
+        if time_width is not None:
+            self.time_emb_proj = nnx.Linear(time_width, c_out, **options)
+        self.norm2 = group_norm(c_out, groups, eps, **options)
+        self.conv2 = conv3(c_out, c_out, **options)
+        if c_in != c_out:
+            self.conv_shortcut = nnx.Conv(c_in, c_out, (1, 1), **options)
+
+    def __call__(self, x: Float[Array, "b h w c"], embedding=None) -> Float[Array, "b h w d"]:
+        """x [B, H, W, C_in], embedding [B, E] or None; returns [B, H, W, C_out]."""
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        if embedding is not None:
+            h = h + self.time_emb_proj(jax.nn.silu(embedding))[:, None, None, :]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Downsample(nnx.Module):
+    """Halves height and width. `asymmetric`: pads below and right only, as the VAE does."""
+
+    def __init__(self, channels: int, *, asymmetric: bool, dtype, rngs: nnx.Rngs):
+        padding = ((0, 1), (0, 1)) if asymmetric else 1
+        self.conv = conv3(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
+        """x [B, H, W, C]; returns [B, H/2, W/2, C]."""
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Doubles height and width by nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
+        self.conv = conv3(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+        """x [B, H, W, C]; returns [B, 2H, 2W, C]."""
+        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+def attend(q, k, v, heads: int, bias: Float[Array, "b l"] | None = None) -> Float[Array, "b n c"]:
+    """Softmax attention of q [B, N, C] over k, v [B, L, C]; `bias` [B, L] joins the logits."""
+    batch, n, channels = q.shape
+    shape = (batch, -1, heads, channels // heads)
+    if bias is not None:
+        bias = bias[:, None, None, :].astype(q.dtype)
+    out = jax.nn.dot_product_attention(q.reshape(shape), k.reshape(shape), v.reshape(shape), bias)
+    return out.reshape(batch, n, channels)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of a sequence over itself or over a context."""
+
+    def __init__(
+        self, channels: int, context: int, heads: int, *, bias: bool, dtype, rngs: nnx.Rngs
+    ):
+        self.heads = heads
+        options = {"dtype": dtype, "rngs": rngs}
+        self.to_q = nnx.Linear(channels, channels, use_bias=bias, **options)
+        self.to_k = nnx.Linear(context, channels, use_bias=bias, **options)
+        self.to_v = nnx.Linear(context, channels, use_bias=bias, **options)
+        self.to_out = nnx.List([nnx.Linear(channels, channels, **options)])
+
+    def project(self, context: Float[Array, "b l d"]) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, L, C] of a context."""
+        return self.to_k(context), self.to_v(context)
+
+    def __call__(self, x: Float[Array, "b n c"], projected=None, bias=None):
+        """x [B, N, C] over `projected` (of `project`), or over itself; returns [B, N, C]."""
+        k, v = self.project(x) if projected is None else projected
+        return self.to_out[0](attend(self.to_q(x), k, v, self.heads, bias))

@@ -1,0 +1,47 @@
+"""The condition resizer: every spatial condition through its own stem to latent size."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from composer_jax.models.blocks import space_to_depth
+
+
+class Stem(nnx.Module):
+    """Brings a map from image size to latent size: space-to-depth first, then convolutions.
+
+    A strided convolution from one channel is bound by memory and costs ten times as much. A channel
+    of ones joins the folded map, so that present-but-blank is seen.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, width: int, factor: int, *, dtype, rngs: nnx.Rngs
+    ):
+        self.factor = factor
+        conv = {"kernel_size": (3, 3), "padding": 1, "dtype": dtype, "rngs": rngs}
+        self.conv_in = nnx.Conv(channels * factor**2 + 1, width, **conv)
+        self.conv_mid = nnx.Conv(width, width, **conv)
+        self.conv_out = nnx.Conv(width, out_channels, **conv)
+
+    def __call__(self, maps: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
+        """maps in [0, 1], [B, H, W, C], H and W multiples of the factor; returns latent size."""
+        x_BxhxwxC = space_to_depth(maps, self.factor)
+        x_BxhxwxC = jnp.concatenate([x_BxhxwxC, jnp.ones_like(x_BxhxwxC[..., :1])], axis=-1)
+        h_BxhxwxD = jax.nn.silu(self.conv_in(x_BxhxwxC))
+        h_BxhxwxD = jax.nn.silu(self.conv_mid(h_BxhxwxD))
+        return self.conv_out(h_BxhxwxD)
+
+
+class VectorProjection(nnx.Module):
+    """Projects a vector to the width of the timestep embedding, or to a few context tokens."""
+
+    def __init__(self, size: int, width: int, out: int, *, dtype, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(size, width, dtype=dtype, rngs=rngs)
+        self.linear_2 = nnx.Linear(width, out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, vector: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        """vector [B, D]; returns [B, out]."""
+        return self.linear_2(jax.nn.silu(self.linear_1(vector)))

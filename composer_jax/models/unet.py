@@ -1,0 +1,301 @@
+"""The cross-attention UNet, with Stable Diffusion's module names and numerics in diffusers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from composer_jax.models.blocks import (
+    Attention,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    conv3,
+    depth_to_space,
+    group_norm,
+    space_to_depth,
+)
+from composer_jax.models.vae import strict
+
+Context = list[tuple[jax.Array, jax.Array]]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """A UNet's shape. `heads`: attention heads by level; `attention`: which levels have any.
+
+    `in_channels` counts local condition channels too. `patch` folds latents by space-to-depth
+    inside (1 for Stable Diffusion).
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention: tuple[bool, ...] = (True, True, True, False)
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    patch: int = 1
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Width of the timestep embedding."""
+        return 4 * self.block_out_channels[0]
+
+    def to_dict(self) -> dict:
+        """As JSON's types."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> UNetConfig:
+        """From `to_dict`'s result; raises ValueError for an unknown key."""
+        return cls(**strict(cls, values))
+
+
+PRESETS = {
+    "sd15": UNetConfig(),  # 860 M
+    "sd21": UNetConfig(heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True),
+    "scenes64": UNetConfig(
+        in_channels=4 + 16,
+        block_out_channels=(192, 320),
+        attention=(True, True),
+        heads=(3, 5),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        norm_num_groups=16,
+        patch=2,
+    ),
+    "tiny": UNetConfig(
+        in_channels=4 + 16,
+        block_out_channels=(16, 32),
+        attention=(True, True),
+        heads=(2, 2),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        norm_num_groups=4,
+        patch=2,
+    ),
+}
+
+
+def timestep_embedding(timesteps: Float[Array, " b"], width: int) -> Float[Array, "b e"]:
+    """Sinusoids of timesteps (0 to 1000), cosines first (arXiv 2006.11239; SD's flip_sin_to_cos)."""
+    half = width // 2
+    frequency = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = timesteps.astype(jnp.float32)[:, None] * frequency[None]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers around a SiLU."""
+
+    def __init__(self, width: int, out: int, *, dtype, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(width, out, dtype=dtype, rngs=rngs)
+        self.linear_2 = nnx.Linear(out, out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        """x [B, D]; returns [B, E]."""
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class GEGLU(nnx.Module):
+    """A linear layer whose one half gates the other (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, *, dtype, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(width, 2 * hidden, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n d"]:
+        """x [B, N, C]; returns [B, N, hidden]."""
+        x, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return x * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU and a linear layer; `net.1` is diffusers' dropout, which has no tensors."""
+
+    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+        gate = GEGLU(width, 4 * width, dtype=dtype, rngs=rngs)
+        out = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.net = nnx.Dict({"0": gate, "2": out})
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """x [B, N, C]; returns the same shape."""
+        return self.net["2"](self.net["0"](x))
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention, cross-attention, feed-forward, each normalised and around a skip."""
+
+    def __init__(self, width: int, context: int, heads: int, *, dtype, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, **options)
+        self.attn1 = Attention(width, width, heads, bias=False, **options)
+        self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, **options)
+        self.attn2 = Attention(width, context, heads, bias=False, **options)
+        self.norm3 = nnx.LayerNorm(width, epsilon=1e-5, **options)
+        self.ff = FeedForward(width, **options)
+
+    def __call__(self, x: Float[Array, "b n c"], projected, bias) -> Float[Array, "b n c"]:
+        """x [B, N, C], projected context (k, v) and logits' bias [B, L]; returns x's shape."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), projected, bias)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nnx.Module):
+    """A transformer block over the positions of a map."""
+
+    def __init__(self, channels: int, heads: int, config: UNetConfig, *, dtype, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "rngs": rngs}
+        self.linear = config.use_linear_projection
+        self.norm = group_norm(channels, config.norm_num_groups, 1e-6, **options)
+        block = TransformerBlock(channels, config.cross_attention_dim, heads, **options)
+        self.transformer_blocks = nnx.List([block])
+        if self.linear:
+            self.proj_in = nnx.Linear(channels, channels, **options)
+            self.proj_out = nnx.Linear(channels, channels, **options)
+        else:
+            self.proj_in = nnx.Conv(channels, channels, (1, 1), **options)
+            self.proj_out = nnx.Conv(channels, channels, (1, 1), **options)
+
+    def __call__(self, x: Float[Array, "b h w c"], context: Context, bias):
+        """x [B, H, W, C]; takes its (k, v) off the front of `context`; returns x's shape."""
+        h = self.norm(x)
+        if self.linear:
+            h = self.proj_in(h.reshape(x.shape[0], -1, x.shape[3]))
+        else:
+            h = self.proj_in(h).reshape(x.shape[0], -1, x.shape[3])
+        for block in self.transformer_blocks:
+            h = block(h, context.pop(0), bias)
+        if self.linear:
+            return x + self.proj_out(h).reshape(x.shape)
+        return x + self.proj_out(h.reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """One level, down or up: resnets with attention between them, then a change of resolution."""
+
+    def __init__(self, widths, heads: int | None, resample, config, *, dtype, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "rngs": rngs}
+        time_width, groups = config.time_embed_dim, config.norm_num_groups
+        self.resnets = nnx.List(
+            [ResnetBlock(i, o, time_width, groups, 1e-5, **options) for i, o in widths]
+        )
+        out = widths[-1][1]
+        if heads:
+            self.attentions = nnx.List([Transformer(out, heads, config, **options) for _ in widths])
+        if resample == "down":
+            self.downsamplers = nnx.List([Downsample(out, asymmetric=False, **options)])
+        elif resample == "up":
+            self.upsamplers = nnx.List([Upsample(out, **options)])
+
+    def layer(self, i: int, x, embedding, context: Context, bias):
+        """Resnet i and its attention."""
+        x = self.resnets[i](x, embedding)
+        return self.attentions[i](x, context, bias) if hasattr(self, "attentions") else x
+
+
+class Middle(nnx.Module):
+    """Resnet, attention, resnet."""
+
+    def __init__(self, width: int, heads: int, config: UNetConfig, *, dtype, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "rngs": rngs}
+        shape = (width, width, config.time_embed_dim, config.norm_num_groups, 1e-5)
+        self.resnets = nnx.List([ResnetBlock(*shape, **options) for _ in range(2)])
+        self.attentions = nnx.List([Transformer(width, heads, config, **options)])
+
+    def __call__(self, x: Float[Array, "b h w c"], embedding, context: Context, bias):
+        """x [B, H, W, C]; returns the same shape."""
+        x = self.attentions[0](self.resnets[0](x, embedding), context, bias)
+        return self.resnets[1](x, embedding)
+
+
+class UNet(nnx.Module):
+    """eps, v or flow from noisy latents (with local channels), timestep and context."""
+
+    def __init__(self, config: UNetConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        options = {"dtype": dtype, "rngs": rngs}
+        widths, last, fold = config.block_out_channels, len(config.block_out_channels) - 1, config.patch**2
+        heads = [h if on else None for h, on in zip(config.heads, config.attention, strict=True)]
+        self.conv_in = conv3(config.in_channels * fold, widths[0], **options)
+        self.time_embedding = TimestepEmbedding(widths[0], config.time_embed_dim, **options)
+        skips, down, previous = [widths[0]], [], widths[0]
+        for i, width in enumerate(widths):
+            pairs = [(previous if j == 0 else width, width) for j in range(config.layers_per_block)]
+            resample = "down" if i < last else None
+            down.append(Block(pairs, heads[i], resample, config, **options))
+            skips += [width] * (config.layers_per_block + (i < last))
+            previous = width
+        self.down_blocks = nnx.List(down)
+        self.mid_block = Middle(widths[-1], config.heads[-1], config, **options)
+        up = []
+        for i, width in reversed(list(enumerate(widths))):
+            pairs = []
+            for _ in range(config.layers_per_block + 1):
+                pairs.append((previous + skips.pop(), width))
+                previous = width
+            up.append(Block(pairs, heads[i], "up" if i > 0 else None, config, **options))
+        self.up_blocks = nnx.List(up)
+        self.conv_norm_out = group_norm(widths[0], config.norm_num_groups, 1e-5, **options)
+        self.conv_out = conv3(widths[0], config.out_channels * fold, **options)
+
+    def _transformers(self) -> list[Transformer]:
+        """All transformers in the order of evaluation."""
+        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [a for block in blocks for a in getattr(block, "attentions", [])]
+
+    def project_context(self, context: Float[Array, "b l d"]) -> Context:
+        """Keys and values of every cross-attention, in order: they do not depend on t."""
+        return [
+            block.attn2.project(context)
+            for transformer in self._transformers()
+            for block in transformer.transformer_blocks
+        ]
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        timesteps: Float[Array, " b"],
+        context: Float[Array, "b l d"] | Context,
+        context_bias: Float[Array, "b l"] | None = None,
+        extra_embedding: Float[Array, "b e"] | None = None,
+    ) -> Float[Array, "b h w d"]:
+        """One evaluation; returns [B, h, w, out_channels].
+
+        x [B, h, w, in_channels]; timesteps 0 to 1000; context tokens, or of `project_context`;
+        `context_bias` joins the logits of cross-attention (`MASKED`: not seen); `extra_embedding`
+        is added to the timestep embedding.
+        """
+        projected = self.project_context(context) if isinstance(context, jax.Array) else context
+        projected = list(projected)
+        sinusoids = timestep_embedding(timesteps, self.config.block_out_channels[0])
+        embedding = self.time_embedding(sinusoids.astype(self.dtype))
+        if extra_embedding is not None:
+            embedding = embedding + extra_embedding
+        x = self.conv_in(space_to_depth(x, self.config.patch))
+        skips = [x]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, x, embedding, projected, context_bias)
+                skips.append(x)
+            if hasattr(block, "downsamplers"):
+                x = block.downsamplers[0](x)
+                skips.append(x)
+        x = self.mid_block(x, embedding, projected, context_bias)
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = block.layer(i, x, embedding, projected, context_bias)
+            if hasattr(block, "upsamplers"):
+                x = block.upsamplers[0](x)
+        x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return depth_to_space(x, self.config.patch)

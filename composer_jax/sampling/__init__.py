@@ -1,0 +1,1 @@
+"""From conditions to images: one compiled program for every subset."""

@@ -1,0 +1,1 @@
+"""What training writes and everybody reads: model directories and checkpoints."""

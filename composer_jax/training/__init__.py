@@ -1,0 +1,1 @@
+"""One sharded train step and the loop that serves codec, CLIP and composer alike."""

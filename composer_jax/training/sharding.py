@@ -1,0 +1,64 @@
+"""Mesh and shardings: which parameter is split over which axis is data, not code."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over all devices with the axes data, fsdp, tensor; one -1 takes what is left.
+
+    Raises ValueError where the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ValueError(f"mesh {sizes}: sizes are positive, at most one is -1")
+    known = math.prod(s for s in sizes if s != -1)
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: {len(devices)} devices")
+    return jax.make_mesh(
+        tuple(sizes), AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples are split over data and fsdp together."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def shard_tree(tree, mesh: Mesh, rules: Sequence[tuple[str, str]]):
+    """Shardings of a tree of arrays (or their shapes): the first rule whose pattern matches wins.
+
+    `rules`: (regular expression on the dotted path, tactic) pairs. Tactics: "replicate"; "fsdp" or
+    "tensor", the largest dimension that the axis divides. An optimizer's moments have their
+    parameter's path at the end, so they are split like it. Raises ValueError for an unknown tactic.
+    """
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        tactic = next((t for pattern, t in rules if re.search(pattern, name)), "replicate")
+        return NamedSharding(mesh, _spec(leaf.shape, mesh, tactic))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _spec(shape: tuple[int, ...], mesh: Mesh, tactic: str) -> PartitionSpec:
+    if tactic == "replicate":
+        return PartitionSpec()
+    if tactic not in ("fsdp", "tensor"):
+        raise ValueError(f"sharding tactic {tactic!r}; allowed: replicate, fsdp, tensor")
+    size = mesh.shape[tactic]
+    fits = [i for i, n in enumerate(shape) if n % size == 0 and n >= size]
+    if size == 1 or not fits:
+        return PartitionSpec()
+    best = max(fits, key=lambda i: shape[i])
+    return PartitionSpec(*(tactic if i == best else None for i in range(len(shape))))

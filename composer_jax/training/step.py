@@ -1,0 +1,43 @@
+"""One train step, the same for codec, CLIP and composer: gradient, optimizer, moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from composer_jax.training.state import TrainState
+
+Loss = Callable[[dict, dict, jax.Array], tuple[jax.Array, dict]]
+
+
+def example_keys(key: jax.Array, count: int) -> jax.Array:
+    """A key for each example of a batch: a function of the key and the example's index alone."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+
+
+def train_step(
+    state: TrainState,
+    batch: dict,
+    seed: jax.Array,
+    *,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+) -> tuple[TrainState, dict]:
+    """One step; returns the new state and scalars (loss, the loss's own metrics, grad_norm).
+
+    Pure. Randomness is `fold_in(key(seed), state.step)`. `loss(params, batch, key)` returns the
+    loss and a dict of scalars. The average warms up: decay is min(ema_decay, (1 + n) / (10 + n)).
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step = state.step.astype(jnp.float32)
+    decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+    ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
+    metrics = {"loss": value, **metrics, "grad_norm": optax.global_norm(gradient)}
+    return TrainState(params, ema, opt_state, state.step + 1), metrics

@@ -1,0 +1,1 @@
+"""Experiments: one file each, `--config NAME[:variant]` or by path."""

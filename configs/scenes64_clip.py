@@ -1,0 +1,35 @@
+"""The small CLIP of the built-in world, contrastive on scenes and their captions.
+
+    composer train --config scenes64_clip --workdir runs/clip
+
+`:smoke` is a run of seconds for tests.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = ConfigDict()
+    config.task = "clip"
+    config.source = "scenes:12000"
+    config.image_size = 64
+    config.seed = 0
+    config.steps = 900
+    config.batch = 96
+    config.dtype = "float32"
+    config.optimizer = dict(
+        learning_rate=1e-3, warmup=200, decay=0.5, weight_decay=0.05, clip=1.0, betas=(0.9, 0.98)
+    )
+    config.ema = 0.995
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.sharding = (("kernel", "fsdp"),)
+    config.log_every = 20
+    config.save_every = 500
+    config.sample_every = 0
+    if variant == "smoke":
+        config.source = "scenes:64"
+        config.steps, config.batch, config.log_every = 4, 8, 2
+        config.optimizer.warmup = 1
+    elif variant:
+        raise ValueError(f"scenes64_clip has no variant {variant!r}; there is smoke")
+    return config

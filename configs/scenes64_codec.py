@@ -1,0 +1,41 @@
+"""The codec of the built-in world: f4, 4 channels, 64 px.
+
+    composer train --config scenes64_codec --workdir runs/codec
+
+`:smoke` is a run of seconds for tests.
+"""
+
+from ml_collections import ConfigDict
+
+from composer_jax.models.vae import PRESETS
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = ConfigDict()
+    config.task = "codec"
+    config.source = "scenes:12000"
+    config.image_size = 64
+    config.seed = 0
+    config.steps = 4200
+    config.batch = 16
+    config.dtype = "float32"
+    config.model = ConfigDict(PRESETS["scenes64"].to_dict())
+    config.kl_weight = 1e-4
+    config.edge_weight = 1.0
+    config.optimizer = dict(
+        learning_rate=1e-3, warmup=100, decay=0.5, weight_decay=0.0, clip=1.0, betas=(0.9, 0.99)
+    )
+    config.ema = 0.995
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.sharding = (("kernel", "fsdp"),)
+    config.log_every = 20
+    config.save_every = 500
+    config.sample_every = 1000
+    if variant == "smoke":
+        config.source = "scenes:64"
+        config.steps, config.batch, config.log_every = 4, 8, 2
+        config.model.block_out_channels = (16,)
+        config.optimizer.warmup = 1
+    elif variant:
+        raise ValueError(f"scenes64_codec has no variant {variant!r}; there is smoke")
+    return config

@@ -1,0 +1,105 @@
+"""Caption: texts in, CLIP's words and sentence out."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from composer_jax.conditions import base
+
+CAPTION = base.get("caption")
+
+
+class LetterClip:
+    """A CLIP whose tokens are letters and whose image embedding is fixed."""
+
+    sizes = {"text_length": 6, "text_width": 2, "embed_width": 3}  # noqa: RUF012
+
+    def text(self, texts):
+        ids = np.zeros((len(texts), 6), np.int32)
+        for i, text in enumerate(texts):
+            codes = [ord(letter) % 97 for letter in text[:6]]
+            ids[i, : len(codes)] = codes
+        tokens = np.stack([np.sin(ids), np.cos(ids)], axis=-1).astype(np.float32)
+        vector = np.stack([ids.sum(1), ids.max(1) + 1, 0 * ids[:, 0]], axis=-1).astype(np.float32)
+        return {
+            "ids": ids,
+            "tokens": tokens,
+            "vector": vector / np.linalg.norm(vector, axis=1, keepdims=True),
+        }
+
+    def image(self, images):
+        return np.tile(np.float32([[0, 1, 0]]), (len(images), 1))
+
+
+CLIP = LetterClip()
+IMAGES = np.zeros((2, 4, 5, 3), np.uint8)
+
+
+def test_given_captions_are_encoded():
+    stored = CAPTION.extract(IMAGES, {"caption": ["a cat", "dogs"]}, CLIP)
+    assert stored["text"] == ["a cat", "dogs"]
+    for name, feature in CAPTION.feature.items():
+        if name != "text":
+            shape = tuple(CLIP.sizes[size] for size in feature.shape)
+            assert stored[name].shape == (2, *shape) and stored[name].dtype == feature.dtype
+    one = CAPTION.parse("dogs", CLIP)
+    assert one["text"] == "dogs"
+    np.testing.assert_array_equal(one["tokens"], stored["tokens"][1])
+    value = CAPTION.value(one)
+    assert set(value) == set(CAPTION.parts)
+    np.testing.assert_array_equal(value["vector"], stored["vector"][1])
+
+
+def test_absence_is_the_empty_caption():
+    absent = CAPTION.absent(CLIP)
+    assert absent["text"] == ""
+    np.testing.assert_array_equal(absent["tokens"], CLIP.text([""])["tokens"][0])
+
+
+def test_measure_is_the_cosine_with_the_image():
+    wanted = CAPTION.parse("zebra", CLIP)
+    assert CAPTION.measure(wanted, IMAGES[0], CLIP) == pytest.approx(wanted["vector"][1])
+
+
+def test_blend_keeps_the_sentence_on_the_sphere():
+    a, b = (CAPTION.value(CAPTION.parse(text, CLIP)) for text in ("a", "zzz"))
+    middle = CAPTION.blend(a, b, 0.3)
+    assert np.linalg.norm(middle["vector"]) == pytest.approx(1.0)
+    np.testing.assert_allclose(
+        middle["tokens"], 0.7 * a["tokens"] + 0.3 * b["tokens"], rtol=1e-5, atol=1e-6
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(max_size=300))
+def test_any_text_is_rendered(text):
+    picture = CAPTION.render({"text": text})
+    assert picture.shape == (256, 256, 3) and picture.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "a large red cone left of a blue ball " * 6, "x" * 200, "word\n\tother " * 20]
+)
+def test_rendered_text_stays_on_the_page(text):
+    picture = CAPTION.render({"text": text})
+    assert picture.min() < 128
+    for margin in (picture[:8], picture[-8:], picture[:, :8], picture[:, -8:]):
+        assert np.all(margin == 255)
+    assert np.all(CAPTION.render({"text": " "}) == 255)
+
+
+def test_mistakes_end_in_one_clear_line():
+    cases = {
+        "caption needs texts given by the source": (None, CLIP),
+        "1 texts for 2 images": ({"caption": ["a"]}, CLIP),
+        "caption needs a CLIP": ({"caption": ["a", "b"]}, None),
+    }
+    for message, (given_, tool) in cases.items():
+        with pytest.raises(ValueError, match=message):
+            CAPTION.extract(IMAGES, given_, tool)
+    with pytest.raises(ValueError, match="takes a sentence"):
+        CAPTION.parse(np.zeros(3), CLIP)
+    for use in (CAPTION.parse, lambda text: CAPTION.measure({"vector": np.ones(3)}, IMAGES[0])):
+        with pytest.raises(ValueError, match="caption needs a CLIP"):
+            use("a cat")

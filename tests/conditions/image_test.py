@@ -1,0 +1,177 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from composer_jax.conditions.image import fit_map, load_array, load_image, load_rgba
+
+SIZES = st.tuples(st.integers(1, 23), st.integers(1, 23))
+
+
+def picture(height=5, width=7, channels=3):
+    return np.random.default_rng(height * width).integers(
+        0, 256, (height, width, channels), dtype=np.uint8
+    )
+
+
+def test_files_and_arrays_read_alike(tmp_path):
+    image = picture()
+    Image.fromarray(image).save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), image, image / 255.0):
+        np.testing.assert_array_equal(load_image(source), image)
+
+
+def test_grey_of_8_16_and_1_bit(tmp_path):
+    grey = picture(channels=1)[..., 0]
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype(np.int32) * 257).save(tmp_path / "32.tiff")
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "f.tiff")
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    sources = [tmp_path / name for name in ("8.png", "16.png", "32.tiff", "f.tiff")]
+    for source in (*sources, grey, grey.astype(np.uint16) * 257, grey[..., None]):
+        assert abs(load_image(source).astype(int) - expected).max() <= (
+            1 if str(source).endswith("tiff") else 0
+        )
+    Image.fromarray(grey > 99).save(tmp_path / "1.png")
+    np.testing.assert_array_equal(load_image(tmp_path / "1.png"), load_image(grey > 99))
+
+
+def test_a_dark_16_bit_image_stays_dark(tmp_path):
+    Image.fromarray(np.full((3, 3), 200, np.uint16)).save(tmp_path / "dark.png")
+    assert load_image(tmp_path / "dark.png").max() == 1
+
+
+def test_transparency_lies_on_white(tmp_path):
+    image = picture(channels=4)
+    image[0, 0] = (10, 20, 30, 0)
+    image[0, 1] = (10, 20, 30, 255)
+    image[0, 2] = (0, 100, 200, 128)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(load_rgba(tmp_path / "a.png"), image)
+    for source in (image, tmp_path / "a.png"):
+        seen = load_image(source)
+        assert seen[0, 0].tolist() == [255, 255, 255] and seen[0, 1].tolist() == [10, 20, 30]
+        np.testing.assert_allclose(seen[0, 2], [127, 177, 227], atol=1)
+    small = Image.fromarray(image[..., :3]).quantize(16)
+    small.save(tmp_path / "p.png", transparency=small.getpixel((0, 0)))
+    assert load_image(tmp_path / "p.png")[0, 0].tolist() == [255, 255, 255]
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    image = np.zeros((8, 16, 3), np.uint8)
+    image[:, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees clockwise
+    Image.fromarray(image).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    seen = load_image(tmp_path / "turned.jpg")
+    assert seen.shape == (16, 8, 3)
+    assert seen[:6].min() > 200 and seen[10:].max() < 50
+
+
+def png_header(width, height):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("width", "height"), [(40000, 40000), (10001, 10000)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_huge_image_is_refused_by_its_header(tmp_path, width, height):
+    (tmp_path / "huge.png").write_bytes(png_header(width, height))
+    with pytest.raises(ValueError, match=r"huge\.png is too large \(.*at most 100 megapixels"):
+        load_image(tmp_path / "huge.png")
+
+
+def test_broken_files_are_named_in_one_line(tmp_path):
+    Image.fromarray(picture(64, 64)).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "hollow.png").write_bytes(png_header(8, 8))
+    (tmp_path / "folder").mkdir()
+    for name, message in {
+        "cut.jpg": "is broken",
+        "text.png": "is not an image",
+        "empty.png": "is not an image",
+        "hollow.png": "is broken",
+        "folder": "is a folder",
+        "none.png": "does not exist",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            load_image(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2, 5), np.uint8), r"shape \(2, 2, 5\); allowed"),
+        (np.zeros((0, 2, 3), np.uint8), "shape"),
+        (np.zeros(3, np.uint8), "shape"),
+        (np.zeros((2, 2), np.int64), "int64; allowed"),
+        (np.full((2, 2), 255.0), r"outside \[0, 1\]"),
+        (np.full((2, 2), np.nan), r"outside \[0, 1\]"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(array, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(array)
+
+
+def test_npy_files(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    np.save(tmp_path / "pickle.npy", np.array([{}], object), allow_pickle=True)
+    (tmp_path / "text.npy").write_text("no")
+    assert load_array(tmp_path / "a.npy").tolist() == [0, 1, 2]
+    for name in ("pickle.npy", "text.npy", "none.npy"):
+        with pytest.raises(ValueError, match=name):
+            load_array(tmp_path / name)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, SIZES, st.sampled_from(["nearest", "area"]), st.sampled_from(["|u1", "<u2", "<f4"]))
+def test_fit_map_keeps_dtype_and_constants_and_invents_no_values(source, target, how, dtype):
+    array = picture(*source)[..., 0].astype(dtype)
+    fitted = fit_map(array, target, how)
+    assert fitted.shape == target and fitted.dtype == array.dtype
+    assert array.min() <= fitted.min() and fitted.max() <= array.max()
+    if how == "nearest":
+        assert np.isin(fitted, array).all()
+    constant = np.full((*source, 3), 7, dtype)
+    np.testing.assert_array_equal(fit_map(constant, target, how), np.full((*target, 3), 7, dtype))
+
+
+def test_area_averages_blocks_and_crops_the_middle():
+    array = np.arange(64, dtype=np.float32).reshape(8, 8)
+    blocks = array.reshape(4, 2, 4, 2).mean(axis=(1, 3))
+    np.testing.assert_allclose(fit_map(array, (4, 4), "area"), blocks)
+    wide = np.zeros((4, 12), np.uint16)
+    wide[:, 4:8] = 60000
+    assert (fit_map(wide, (2, 2), "area") == 60000).all()
+    assert (fit_map(wide, (8, 8), "nearest") == 60000).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 199), st.integers(5, 40))
+def test_lines_survive_any_shrinking(position, size):
+    """A one-pixel line in 200 px is gone after averaging and thresholding, not here."""
+    array = np.zeros((200, 200), np.uint8)
+    array[position] = 255
+    fitted = fit_map(array, (size, size), "lines")
+    assert set(np.unique(fitted)) == {0, 255}
+    assert (fitted > 0).any(axis=0).all() and (fitted > 0).sum() == size
+
+
+def test_lines_stay_one_pixel_wide_when_enlarged():
+    array = np.zeros((16, 16), np.uint8)
+    array[8] = 255
+    fitted = fit_map(array, (64, 64), "lines")
+    assert fitted.max() == 255 and (fitted > 0).sum(axis=0).max() <= 1
