@@ -14,6 +14,7 @@ from composer_jax.conditions.base import Condition, Feature, Part, register
 from composer_jax.conditions.image import fit_map, load_image, load_rgba
 
 ALLOWED = "allowed: IMAGE:MASK (white is kept), or one image with transparency (that is the hole)"
+NUMBERS = 34  # uniform numbers that the largest kind of hole takes
 
 
 class Mask(Condition):
@@ -50,13 +51,12 @@ class Mask(Condition):
         """A random hole in `image` float32 [H, W, 3]: boxes, free strokes or the blob of an object;
         one in four is turned around, so that only what was drawn is kept. Returns [H, W, 4]."""
         del stored
-        kind, shape, turn = jax.random.split(key, 3)
+        u = jax.random.uniform(key, (2 + NUMBERS,))
         y_Hx1 = ((jnp.arange(image.shape[0]) + 0.5) / image.shape[0])[:, None]
         x_1xW = ((jnp.arange(image.shape[1]) + 0.5) / image.shape[1])[None, :]
-        hole = jax.lax.switch(
-            jax.random.randint(kind, (), 0, 3), (_boxes, _strokes, _blob), shape, y_Hx1, x_1xW
-        )
-        keep = jnp.where(jax.random.bernoulli(turn, 0.25), hole, ~hole)
+        holes_3xHxW = jnp.stack([kind(u[2:], y_Hx1, x_1xW) for kind in (_boxes, _strokes, _blob)])
+        hole = holes_3xHxW[(3.0 * u[0]).astype(jnp.int32)]
+        keep = jnp.where(u[1] < 0.25, hole, ~hole)
         return {"map": _masked(image, keep.astype(jnp.float32))}
 
     def value(self, stored):
@@ -105,24 +105,19 @@ def _masked(image: jax.Array, keep: jax.Array) -> jax.Array:
     return jnp.concatenate([image * keep, keep], axis=-1)
 
 
-def _boxes(key: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-    """One to four boxes, bool [H, W] of y [H, 1] and x [1, W] in [0, 1]."""
-    count_key, middle_key, size_key = jax.random.split(key, 3)
-    count = jax.random.randint(count_key, (), 1, 5)
-    middle = jax.random.uniform(middle_key, (4, 2))
-    half = jax.random.uniform(size_key, (4, 2), minval=0.06, maxval=0.3)
-    inside = jnp.abs(y[None] - middle[:, 0, None, None]) < half[:, 0, None, None]
-    inside &= jnp.abs(x[None] - middle[:, 1, None, None]) < half[:, 1, None, None]
-    return jnp.any(inside & (jnp.arange(4) < count)[:, None, None], axis=0)
+def _boxes(u: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """One to four boxes, bool [H, W], of y [H, 1] and x [1, W] in [0, 1]; `u` is uniform [NUMBERS],
+    one draw for a whole hole because each call to a generator costs."""
+    middle, half = u[1:9].reshape(4, 2, 1, 1), 0.06 + 0.24 * u[9:17].reshape(4, 2, 1, 1)
+    inside = jnp.abs(y[None] - middle[:, 0]) < half[:, 0]
+    inside &= jnp.abs(x[None] - middle[:, 1]) < half[:, 1]
+    return jnp.any(inside & (jnp.arange(4) <= 4.0 * u[0])[:, None, None], axis=0)
 
 
-def _strokes(key: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+def _strokes(u: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     """One to three free strokes of four segments each, as of a brush; bool [H, W]."""
-    count_key, start_key, step_key, width_key = jax.random.split(key, 4)
-    count = jax.random.randint(count_key, (), 1, 4)
-    start = jax.random.uniform(start_key, (3, 1, 2))
-    steps = jax.random.uniform(step_key, (3, 4, 2), minval=-0.35, maxval=0.35)
-    width = jax.random.uniform(width_key, (3, 1, 1, 1), minval=0.03, maxval=0.1)
+    start, steps = u[1:7].reshape(3, 1, 2), 0.7 * u[7:31].reshape(3, 4, 2) - 0.35
+    width = 0.03 + 0.07 * u[31:34].reshape(3, 1, 1, 1)
     points = jnp.clip(jnp.concatenate([start, start + jnp.cumsum(steps, axis=1)], axis=1), 0.0, 1.0)
     a_Sx4x2, step_Sx4x2 = points[:, :-1], points[:, 1:] - points[:, :-1]
     away_y = y[None, None] - a_Sx4x2[..., 0, None, None]
@@ -132,21 +127,18 @@ def _strokes(key: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     along = (away_y * step_y + away_x * step_x) / jnp.maximum(step_y**2 + step_x**2, 1e-9)
     along = jnp.clip(along, 0.0, 1.0)
     near = (away_y - along * step_y) ** 2 + (away_x - along * step_x) ** 2 < width**2
-    return jnp.any(jnp.any(near, axis=1) & (jnp.arange(3) < count)[:, None, None], axis=0)
+    drawn = (jnp.arange(3) <= 3.0 * u[0])[:, None, None]
+    return jnp.any(jnp.any(near, axis=1) & drawn, axis=0)
 
 
-def _blob(key: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+def _blob(u: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     """A wavy round outline, as an object has one; bool [H, W]."""
-    middle_key, size_key, wave_key, phase_key = jax.random.split(key, 4)
-    middle = jax.random.uniform(middle_key, (2,), minval=0.15, maxval=0.85)
-    height, width = jax.random.uniform(size_key, (2,), minval=0.15, maxval=0.4)
-    order = jnp.arange(1, 6)
-    wave = jax.random.normal(wave_key, (5,)) * 0.25 / order
-    phase = jax.random.uniform(phase_key, (5,), maxval=2.0 * jnp.pi)
-    away_y, away_x = (y - middle[0]) / height, (x - middle[1]) / width
-    angle_HxW = jnp.arctan2(away_y, away_x)
-    turns = angle_HxW[None] * order[:, None, None] + phase[:, None, None]
-    outline = jnp.maximum(1.0 + jnp.sum(wave[:, None, None] * jnp.cos(turns), axis=0), 0.3)
+    middle, size = 0.15 + 0.7 * u[0:2], 0.15 + 0.25 * u[2:4]
+    order = jnp.arange(1, 6)[:, None, None]
+    wave = (u[4:9].reshape(5, 1, 1) - 0.5) / order
+    away_y, away_x = (y - middle[0]) / size[0], (x - middle[1]) / size[1]
+    turns = jnp.arctan2(away_y, away_x)[None] * order + 2.0 * jnp.pi * u[9:14].reshape(5, 1, 1)
+    outline = jnp.maximum(1.0 + jnp.sum(wave * jnp.cos(turns), axis=0), 0.3)
     return away_y**2 + away_x**2 < outline**2
 
 

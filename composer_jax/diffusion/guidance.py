@@ -94,7 +94,7 @@ class Plan:
 
 
 def mix(outputs: jax.Array, weight: jax.Array) -> jax.Array:
-    """Mixes rows of raw outputs [K, B, h, w, c] by weight [K, h, w] (or [K, 1, 1]): [B, h, w, c]."""
+    """Mixes raw outputs [K, B, h, w, c] by weight [K, h, w] (or [K, 1, 1]) to [B, h, w, c]."""
     return jnp.sum(weight[:, None, :, :, None] * outputs, axis=0)
 
 
@@ -122,15 +122,17 @@ def two_sets(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, t
     """Composer's guidance from c1 to c2: w * eps(c2) + (1 - w) * eps(c1) (arXiv 2302.09778, 2.2).
 
     What is in both is weighted 1, only in `second` w, only in `first` 1 - w. Returns uses for
-    `build_plan`. Raises ValueError where a use of `first` is negative or has a scale.
+    `build_plan`: the second set's, then the first's as negative ones. Raises ValueError for a
+    negative use in either and for a scale in `first`.
     """
     merged = {name: as_uses(value) for name, value in second.items()}
-    for name, value in first.items():
-        uses = as_uses(value)
+    others = {name: as_uses(value) for name, value in first.items()}
+    for name, uses in (*merged.items(), *others.items()):
         if any(one.negative for one in uses):
-            raise ValueError(f"{name}: a use of the first set cannot be negative")
-        others = tuple(replace(one, negative=True) for one in uses)
-        merged[name] = merged.get(name, ()) + others
+            raise ValueError(f"{name}: with two sets a use cannot be negative")
+    for name, uses in others.items():
+        repelled = tuple(replace(one, negative=True) for one in uses)
+        merged[name] = merged.get(name, ()) + repelled
     return merged
 
 

@@ -67,25 +67,29 @@ class Process:
 
     def alpha(self, t) -> jax.Array:
         """The share of x0 in x_t, float32 in [0, 1], of t's shape."""
-        return self._alpha_sigma(t)[0]
+        return self.alpha_sigma(t)[0]
 
     def sigma(self, t) -> jax.Array:
         """The share of eps in x_t, float32 in [0, 1], of t's shape."""
-        return self._alpha_sigma(t)[1]
+        return self.alpha_sigma(t)[1]
 
-    def _alpha_sigma(self, t) -> tuple[jax.Array, jax.Array]:
+    def alpha_sigma(self, t) -> tuple[jax.Array, jax.Array]:
+        """Both at once."""
         t = jnp.asarray(t, jnp.float32)
         if self.schedule == "flow":
             return 1.0 - t, t
         # Straight lines between the schedule's points, put back on alpha^2 + sigma^2 = 1.
-        alphas, sigmas = _sd_schedule(self.zero_terminal_snr)
-        position, knots = t * TIMESTEPS, np.arange(TIMESTEPS + 1, dtype=np.float32)
-        alpha, sigma = jnp.interp(position, knots, alphas), jnp.interp(position, knots, sigmas)
+        position = jnp.clip(t, 0.0, 1.0) * TIMESTEPS
+        step = jnp.minimum(position.astype(jnp.int32), TIMESTEPS - 1)
+        table, part = jnp.asarray(_sd_schedule(self.zero_terminal_snr)), position - step
+        alpha, sigma = (
+            column[step] * (1.0 - part) + column[step + 1] * part for column in (table[0], table[1])
+        )
         length = jnp.sqrt(alpha**2 + sigma**2)
         return alpha / length, sigma / length
 
     def timestep(self, t) -> jax.Array:
-        """What the network is told of t: 1000 t, or Stable Diffusion's step 1000 t - 1, at least 0."""
+        """What the network is told of t: 1000 t, or SD's step, 1000 t - 1, at least 0."""
         t = jnp.asarray(t, jnp.float32)
         if self.schedule == "flow":
             return TIMESTEPS * t
@@ -93,17 +97,17 @@ class Process:
 
     def diffuse(self, x0: jax.Array, eps: jax.Array, t) -> jax.Array:
         """x_t; `t` a scalar or of x0's rank, broadcastable (so for the next two)."""
-        alpha, sigma = self._alpha_sigma(t)
+        alpha, sigma = self.alpha_sigma(t)
         return alpha * x0 + sigma * eps
 
     def target(self, x0: jax.Array, eps: jax.Array, t) -> jax.Array:
         """What the network should output at x_t."""
-        alpha, sigma = self._alpha_sigma(t)
+        alpha, sigma = self.alpha_sigma(t)
         return {"flow": eps - x0, "eps": eps, "v": alpha * eps - sigma * x0}[self.prediction]
 
     def x0_eps(self, output: jax.Array, x_t: jax.Array, t) -> tuple[jax.Array, jax.Array]:
         """The (x0, eps) that a raw network output at x_t implies; finite for every t in [0, 1]."""
-        alpha, sigma = self._alpha_sigma(t)
+        alpha, sigma = self.alpha_sigma(t)
         if self.prediction == "eps":
             return (x_t - sigma * output) / alpha, output
         if self.prediction == "v":
@@ -125,7 +129,7 @@ class Process:
         min(SNR, gamma) as a weight of the squared error of x0 (arXiv 2303.09556, section 3.4),
         carried over to this prediction; finite for every t in [0, 1].
         """
-        alpha, sigma = self._alpha_sigma(t)
+        alpha, sigma = self.alpha_sigma(t)
         if self.min_snr is None:
             return jnp.ones_like(alpha)
         slope = {"flow": alpha + sigma, "eps": alpha, "v": alpha**2 + sigma**2}[self.prediction]
@@ -150,20 +154,23 @@ class Process:
 
 
 @functools.cache
-def _sd_schedule(zero_terminal_snr: bool) -> tuple[np.ndarray, np.ndarray]:
-    """alpha and sigma of Stable Diffusion at t = 0, 1/1000, ..., 1 ("scaled linear" betas)."""
+def _sd_schedule(zero_terminal_snr: bool) -> np.ndarray:
+    """alpha and sigma of Stable Diffusion at t = 0, 1/1000, ..., 1, float32 [2, 1001].
+
+    Its betas are "scaled linear": the squares of even steps between their roots.
+    """
     betas = np.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS) ** 2
     alphas = np.sqrt(np.cumprod(1.0 - betas))
     if zero_terminal_snr:
         alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
     alphas = np.concatenate([[1.0], alphas])
-    return alphas.astype(np.float32), np.sqrt(1.0 - alphas**2).astype(np.float32)
+    return np.stack([alphas, np.sqrt(1.0 - alphas**2)]).astype(np.float32)
 
 
 def is_number(value) -> bool:
     """A finite real number, and no bool."""
     return (
-        isinstance(value, (int, float, np.number))
+        isinstance(value, (int, float, np.integer, np.floating))
         and not isinstance(value, (bool, np.bool_))
         and math.isfinite(value)
     )

@@ -29,16 +29,18 @@ TINY = 1e-30
 Evaluate = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-class Grid(NamedTuple):
-    """Process times of each evaluation: `at` it takes place, in the step from `start` to `end`.
+class Step(NamedTuple):
+    """What one evaluation knows: its index, its process time `at`, and alpha and sigma around it.
 
-    `before`: where the step before started (the first: `start`). `second`: Heun's second look.
+    The step goes from `start` to `end`; the one before started at `before` (the first: `start`).
+    `second`: it is Heun's second look.
     """
 
+    index: jax.Array
     at: jax.Array
-    start: jax.Array
-    end: jax.Array
-    before: jax.Array
+    start: tuple[jax.Array, jax.Array]
+    end: tuple[jax.Array, jax.Array]
+    before: tuple[jax.Array, jax.Array]
     second: jax.Array
 
 
@@ -53,7 +55,8 @@ def evaluation_times(times: np.ndarray, solver: str) -> np.ndarray:
 
     On the host; what a guidance plan is built on. For `invert`: of `times[::-1]`.
     """
-    return np.asarray(_grid(np.asarray(times, np.float32), solver).at)
+    step, second = _steps(solver, len(times) - 1)
+    return np.asarray(times, np.float32)[step + second]
 
 
 def sample(
@@ -104,45 +107,48 @@ def invert(
 def _run(evaluate, x, times, process, solver, noise) -> jax.Array:
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"times has shape {times.shape}; [steps + 1] is wanted, steps at least 1")
-    step = {
+    update = {
         "ddim": partial(_ddim, noise=noise),
         "euler": partial(_ddim, noise=None),
-        "heun": _heun,
+        "heun": partial(_heun, straight=process.schedule == "flow"),
         "dpmpp2m": _dpmpp2m,
     }[solver]
 
-    def body(carry, inputs):
-        (x, memory), (index, grid) = carry, inputs
-        output = evaluate(x, grid.at, index).astype(jnp.float32)
-        x0, eps = process.x0_eps(output, x, grid.at)
-        return step(process, index, grid, x, x0, eps, memory), None
+    def body(carry, step):
+        x, memory = carry
+        output = evaluate(x, step.at, step.index).astype(jnp.float32)
+        x0, eps = process.x0_eps(output, x, step.at)
+        return update(step, x, x0, eps, memory), None
 
     x = jnp.asarray(x, jnp.float32)
-    grid = _grid(times, solver)
-    index = jnp.arange(len(grid.second), dtype=jnp.int32)
-    (x, _), _ = jax.lax.scan(body, (x, jnp.zeros_like(x)), (index, grid))
+    number, second = _steps(solver, len(times) - 1)
+    alpha, sigma = process.alpha_sigma(times)
+    start, end, before = (
+        (alpha[i], sigma[i]) for i in (number, number + 1, np.maximum(number - 1, 0))
+    )
+    index = jnp.arange(len(number), dtype=jnp.int32)
+    steps = Step(index, times[number + second], start, end, before, jnp.asarray(second == 1))
+    (x, _), _ = jax.lax.scan(body, (x, jnp.zeros_like(x)), steps)
     return x
 
 
-def _grid(times, solver: str) -> Grid:
-    """The grid's times by evaluation; numpy in, numpy out."""
-    index = np.arange(solver_evaluations(solver, len(times) - 1))
-    step, second = (index // 2, index % 2) if solver == "heun" else (index, 0 * index)
-    before = np.maximum(step - 1, 0)
-    return Grid(times[step + second], times[step], times[step + 1], times[before], second == 1)
+def _steps(solver: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each evaluation: its step's number, and whether it is the second in it (0 or 1)."""
+    index = np.arange(solver_evaluations(solver, steps))
+    return (index // 2, index % 2) if solver == "heun" else (index, 0 * index)
 
 
-def _ddim(process, index, grid, x, x0, eps, memory, *, noise):
+def _ddim(step, x, x0, eps, memory, *, noise):
     """`memory` is not used. std is DDIM's, written so that it holds where alpha = 0 too."""
-    alpha, sigma = process.alpha(grid.end), process.sigma(grid.end)
+    alpha, sigma = step.end
     if noise is None:
         return alpha * x0 + sigma * eps, memory
     eta, key = noise
-    start = process.alpha(grid.start) / jnp.maximum(process.sigma(grid.start), TINY)
-    shrink = jnp.minimum(start * sigma / jnp.maximum(alpha, TINY), 1.0)
-    std = eta * sigma * jnp.sqrt(1.0 - shrink**2)
+    alpha_start, sigma_start = step.start
+    shrink = alpha_start * sigma / jnp.maximum(alpha * sigma_start, TINY)
+    std = eta * sigma * jnp.sqrt(jnp.maximum(1.0 - shrink**2, 0.0))
     kept = jnp.sqrt(jnp.maximum(sigma**2 - std**2, 0.0))
-    return alpha * x0 + kept * eps + std * _normal(key, index, x), memory
+    return alpha * x0 + kept * eps + std * _normal(key, step.index, x), memory
 
 
 def _normal(key: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
@@ -152,45 +158,46 @@ def _normal(key: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), x.shape[1:]))(key)
 
 
-def _heun(process, index, grid, x, x0, eps, memory):
+def _heun(step, x, x0, eps, memory, *, straight):
     """`memory`: the first slope. The second look adds half the change of slope to Euler's step.
 
-    The slope is dx/dt = eps - x0 on the flow schedule, else d(x/alpha)/d(sigma/alpha) = eps. Out
-    of (nearly) alpha = 0 the latter is infinitely long and Euler's step stands.
+    The slope is dx/dt = eps - x0 on the flow schedule (`straight`), else d(x/alpha) by
+    d(sigma/alpha) = eps. Out of (nearly) alpha = 0 the latter is infinitely long, and Euler's step
+    stands.
     """
-    del index
-    alpha, sigma = process.alpha(grid.end), process.sigma(grid.end)
-    alpha_start, sigma_start = process.alpha(grid.start), process.sigma(grid.start)
-    if process.schedule == "flow":
+    (alpha_start, sigma_start), (alpha, sigma) = step.start, step.end
+    if straight:
         slope, length = eps - x0, sigma - sigma_start
     else:
         finite = alpha_start > 1e-3
         ratio = sigma_start / jnp.where(finite, alpha_start, 1.0)
         slope, length = eps, jnp.where(finite, sigma - alpha * ratio, 0.0)
     first = alpha * x0 + sigma * eps
-    second = x + 0.5 * length * (slope - memory)
-    return jnp.where(grid.second, second, first), slope
+    return jnp.where(step.second, x + 0.5 * length * (slope - memory), first), slope
 
 
-def _dpmpp2m(process, index, grid, x, x0, eps, memory):
+def _dpmpp2m(step, x, x0, eps, memory):
     """`memory`: x0 of the step before.
 
     First order (ddim's step) in the first step, in the one after alpha = 0, and to sigma = 0, where
     log(alpha/sigma) has no finite step.
     """
-    del index, eps
-    alpha, sigma = process.alpha(grid.end), process.sigma(grid.end)
-    alpha_start, sigma_start = process.alpha(grid.start), process.sigma(grid.start)
-    alpha_before, sigma_before = process.alpha(grid.before), process.sigma(grid.before)
-
-    def step(alpha_from, sigma_from, alpha_to, sigma_to):
-        signal = jnp.log(jnp.maximum(alpha_to, TINY)) - jnp.log(jnp.maximum(alpha_from, TINY))
-        noise = jnp.log(jnp.maximum(sigma_to, TINY)) - jnp.log(jnp.maximum(sigma_from, TINY))
-        return signal - noise
-
-    h = step(alpha_start, sigma_start, alpha, sigma)
-    h_before = step(alpha_before, sigma_before, alpha_start, sigma_start)
+    del eps
+    (alpha_before, _), (alpha_start, sigma_start), (alpha, sigma) = (
+        step.before,
+        step.start,
+        step.end,
+    )
+    h, h_before = _log_step(step.start, step.end), _log_step(step.before, step.start)
     second = (h_before > 0.0) & (alpha_before > 0.0) & (sigma > 0.0)
     gain = jnp.where(second, 0.5 * h / jnp.where(second, h_before, 1.0), 0.0)
     ratio = sigma / jnp.maximum(sigma_start, TINY)
     return ratio * x + (alpha - alpha_start * ratio) * (x0 + gain * (x0 - memory)), x0
+
+
+def _log_step(start, end) -> jax.Array:
+    """By how much log(alpha/sigma) grows; large but finite where alpha or sigma is 0."""
+    (alpha_start, sigma_start), (alpha, sigma) = jax.tree.map(
+        lambda value: jnp.log(jnp.maximum(value, TINY)), (start, end)
+    )
+    return (alpha - alpha_start) - (sigma - sigma_start)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from flax import nnx
 
 from composer_jax import conditions
 from composer_jax.diffusion import solvers
-from composer_jax.diffusion.guidance import Plan, Use, build_plan, mix, use
+from composer_jax.diffusion.guidance import Plan, Use, as_uses, bucket, build_plan, mix
 from composer_jax.diffusion.process import Process
 from composer_jax.models.clip import Clip
 from composer_jax.storage.models import Model, load_model
@@ -43,6 +45,13 @@ class Pipeline:
     def load(cls, where: str | Path | None = None, dtype=jnp.float32) -> Pipeline:
         """Opens a model directory or training workdir; without `where` the bundled model."""
         return cls(load_model(where, dtype))
+
+    def with_weights(self, model: Model) -> Pipeline:
+        """The same pipeline for other weights of the same architecture; nothing is recompiled."""
+        other = copy.copy(self)
+        other.model = model
+        _, other._state = nnx.split((model.composer, model.vae))
+        return other
 
     @cached_property
     def clip(self) -> Clip:
@@ -103,20 +112,21 @@ class Pipeline:
         `stored[b][name]`: the stored values of condition `name` for image b, one for each of
         `uses[name]`. `seeds[b]`: (seed, index), which the image's noise is drawn from.
         """
-        steps = _positive("steps", self.defaults["steps"] if steps is None else steps)
+        steps = self.defaults["steps"] if steps is None else steps
         guidance = self.defaults["guidance"] if guidance is None else guidance
         solver = self.defaults["solver"] if solver is None else solver
-        if eta and (solver != "ddim" or self.process.schedule != "sd"):
-            raise ValueError("eta adds noise to solver ddim on Stable Diffusion's schedule only")
         latent = self.size // self.model.vae.factor
-        solvers.evaluations(solver, steps)
-        times = solvers.evaluation_times(solver, np.asarray(self.process.times(steps)))
-        plan = build_plan(
-            uses, self.names, times, (latent, latent), guidance=guidance, interval=interval
+        times = solvers.evaluation_times(self.process.times(steps), solver)
+        regions = any(u.region is not None for candidates in uses.values() for u in candidates)
+        size = (latent, latent) if regions else None
+        plan = _trim(
+            build_plan(uses, self.names, times, guidance=guidance, interval=interval, size=size)
         )
         keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(
             *(jnp.asarray([pair[j] for pair in seeds], jnp.uint32) for j in (0, 1))
         )
+        if len(keys) < 1:
+            raise ValueError("count must be at least 1")
         images = self._program(
             self._state,
             self._rows(plan, stored),
@@ -134,14 +144,8 @@ class Pipeline:
     def _uses(self, name: str, value: Any) -> list[Use]:
         if name not in self.names:
             conditions.get(name)  # a name that nobody knows gets the better message
-            raise ValueError(f"this model has no condition {name!r}; it has {self.names}")
-        several = isinstance(value, list) and any(isinstance(v, Use) for v in value)
-        listed = value if several else [value]
-        found = []
-        for one in listed:
-            one = one if isinstance(one, Use) else use(one)
-            found.append(use(**vars(one) | {"value": self.stored(name, one.value)}))
-        return found
+            raise ValueError(f"this model has no {name}; it has {', '.join(self.names)}")
+        return [replace(one, value=self.stored(name, one.value)) for one in as_uses(value)]
 
     def stored(self, name: str, value: Any) -> Any:
         """What a person hands in, or stored already, as stored at this model's size."""
@@ -198,15 +202,16 @@ def _program(
         process.times(steps),
         process,
         solver,
-        key=jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys) if noisy else None,
-        eta=eta,
+        key=jax.vmap(jax.random.fold_in, (0, None))(keys, 1) if noisy else None,
+        eta=eta if noisy else 0.0,
     )
     images = vae.decode(x0)
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
-    return int(value)
-
+def _trim(plan: Plan) -> Plan:
+    """The plan without rows that never have weight, padded to the next bucket."""
+    rows = np.flatnonzero(np.any(plan.weight != 0.0, axis=(0, 2, 3)))
+    spare = np.flatnonzero(np.all(plan.weight == 0.0, axis=(0, 2, 3)))
+    keep = np.concatenate([rows, spare])[: bucket(len(rows))]
+    return Plan(plan.source[keep], plan.strength[:, keep], plan.weight[:, keep])

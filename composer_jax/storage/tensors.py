@@ -59,5 +59,5 @@ def fill_module(module: nnx.Module, tensors: Mapping[str, np.ndarray], where: st
         if name not in flat:
             raise ValueError(f"{where} has a tensor that the model lacks: {name}")
     for name, variable in flat.items():
-        variable[...] = jnp.asarray(tensors[name], variable.dtype)
+        variable.set_value(jnp.asarray(tensors[name], variable.dtype))
     nnx.update(module, state)

@@ -109,7 +109,7 @@ def train(
                         on_save(done, state)
                 if stop.asked and not last:
                     raise Interrupted(done, stop.asked)
-                if last or done % settings.hook_every == 0:
+                if settings.hook_every and (last or done % settings.hook_every == 0):
                     for hook in hooks:
                         hook(done, state)
     finally:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,8 +49,11 @@ def drop(folder, monkeypatch, name="brightness"):
 class Plain(Condition):
     name = "plain"
     doc = "for these tests"
-    parts = {"vector": Part("vector", ("embed_width",)), "map": Part("spatial", (1,))}
-    feature = {
+    parts: Mapping[str, Part] = {
+        "vector": Part("vector", ("embed_width",)),
+        "map": Part("spatial", (1,)),
+    }
+    feature: Mapping[str, Feature] = {
         "ids": Feature(("h", "w"), "uint8", "png", "nearest"),
         "text": Feature((), "str", "text"),
     }
@@ -139,7 +143,7 @@ def test_what_the_contract_forbids_is_refused(changes, message):
 
 
 def test_an_unknown_name_names_the_likely_one():
-    with pytest.raises(ValueError, match="no condition 'palete'.*did you mean 'palette'.*sketch"):
+    with pytest.raises(ValueError, match=r"no condition 'palete'.*did you mean 'palette'.*sketch"):
         get("palete")
 
 

@@ -11,7 +11,9 @@ from skimage.color import hsv2rgb, rgb2lab
 from composer_jax.conditions.palette import BINS, NearestColour, Palette, lab_from_rgb
 
 IMAGES = hnp.arrays(
-    np.uint8, st.tuples(st.integers(1, 19), st.integers(1, 19), st.just(3)), fill=st.integers(0, 255)
+    np.uint8,
+    st.tuples(st.integers(1, 19), st.integers(1, 19), st.just(3)),
+    fill=st.integers(0, 255),
 )
 
 
@@ -37,7 +39,10 @@ def reference():
 def direct(image, lab):
     pixels = rgb2lab(image).reshape(-1, 3)
     codes = np.concatenate(
-        [((chunk[:, None] - lab[None]) ** 2).sum(-1).argmin(1) for chunk in np.array_split(pixels, 64)]
+        [
+            ((chunk[:, None] - lab[None]) ** 2).sum(-1).argmin(1)
+            for chunk in np.array_split(pixels, 64)
+        ]
     )
     return np.bincount(codes, minlength=len(lab)) / len(codes)
 
@@ -71,7 +76,9 @@ def test_photos_equal_the_direct_distance_matrix(palette, reference, name):
 @given(IMAGES)
 def test_any_image_equals_the_direct_distance_matrix(image):
     palette = Palette()
-    np.testing.assert_allclose(palette.extract(image[None])[0], direct(image, palette.lab), atol=1e-7)
+    np.testing.assert_allclose(
+        palette.extract(image[None])[0], direct(image, palette.lab), atol=1e-7
+    )
 
 
 def test_the_table_is_right_before_and_after_its_cells_are_filled():
@@ -83,7 +90,9 @@ def test_the_table_is_right_before_and_after_its_cells_are_filled():
         np.testing.assert_array_equal(nearest(colours), expected)
 
 
-@pytest.mark.parametrize("image", [np.zeros((1, 1, 3)), np.zeros((5, 3, 3)), np.full((2, 2, 3), 255)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((1, 1, 3)), np.zeros((5, 3, 3)), np.full((2, 2, 3), 255)]
+)
 def test_one_colour_fills_one_bin(palette, image):
     histogram = palette.extract(image[None].astype(np.uint8))[0]
     assert histogram.max() == 1 and np.count_nonzero(histogram) == 1

@@ -1,0 +1,74 @@
+"""`composer <command>`: finds the command, turns a user's mistake into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import re
+import sys
+
+COMMANDS = {
+    "quickstart": "the whole way in minutes, on CPU, ending in a report",
+    "decompose": "take images apart into their conditions",
+    "train": "train a codec, a CLIP or a composer",
+    "sample": "make images from any subset of conditions",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors of one line, with what was likely meant."""
+
+    def error(self, message: str):
+        """Raises ValueError; unknown options and choices come with the closest known one."""
+        known = [option for action in self._actions for option in action.option_strings]
+        known += list(COMMANDS)
+        word = re.search(r"unrecognized arguments: (\S+)|invalid choice: '([^']*)'", message)
+        close = word and difflib.get_close_matches(
+            next(filter(None, word.groups())).split("=")[0], known, n=1
+        )
+        raise ValueError(message + (f" (did you mean {close[0]}?)" if close else ""))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog="composer", description="Composable latent diffusion in JAX.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if word in COMMANDS), None)
+    try:
+        for name, doc in COMMANDS.items():
+            sub = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
+            if name == chosen:  # the others stay unimported, so that help is quick
+                command = importlib.import_module(f"composer_jax.commands.{name}")
+                command.add_arguments(sub)
+                chosen_parser = sub
+        if not chosen:
+            return _help(parser, argv)
+        args, rest = parser.parse_known_args(argv)
+        if hasattr(command, "take_rest"):  # options that only a config or a model knows
+            rest = command.take_rest(args, rest)
+        if rest:
+            chosen_parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return command.run(args) or 0
+    except (ValueError, FloatingPointError) as error:
+        print(f"composer: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("composer: interrupted", file=sys.stderr)
+        return 130
+
+
+def _help(parser: Parser, argv: list[str]) -> int:
+    if not argv:
+        parser.print_help()
+        return 2
+    parser.parse_args(argv)
+    return 2
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"composer-jax {version('composer-jax')}"

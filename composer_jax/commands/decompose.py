@@ -1,0 +1,99 @@
+"""`composer decompose IMAGE... --out DIR`: every condition as .npy and .png, and a contact sheet."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from composer_jax import conditions
+from composer_jax.commands.pictures import labelled_sheet, save_png
+from composer_jax.conditions.decompose import decompose as take_apart
+from composer_jax.storage.models import find_part
+
+
+def decompose(image: Any, **options: Any) -> dict[str, Any]:
+    """Condition -> stored value of one image, a path or uint8 [H, W, 3].
+
+    Options are those of `conditions.decompose.decompose`; without `tools`, CLIP is the bundled one.
+    """
+    tools = options.pop("tools", None)
+    tools = load_tools("bundled") if tools is None else tools
+    return take_apart(conditions.load_image(image), tools=tools, **options)
+
+
+def load_tools(clip: str, segmenter: str | None = None) -> dict[str, Any]:
+    """Tools by name, from a CLIP folder ("bundled" for ours) and an ONNX segmenter's path."""
+    from composer_jax.models.clip import Clip
+
+    folder = find_part(clip, "clip") if clip == "bundled" or Path(clip).exists() else clip
+    tools: dict[str, Any] = {"clip": Clip.load(folder)}
+    if segmenter:
+        from composer_jax.conditions.segmenter import OnnxSegmenter
+
+        tools["segmenter"] = OnnxSegmenter(segmenter)
+    return tools
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("image", nargs="+", help="image files")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--only", help="conditions, separated by commas (default: all possible)")
+    parser.add_argument("--clip", default="bundled", help="CLIP folder or hub name")
+    parser.add_argument("--segmenter", help="ONNX segmenter for instances (extra `segment`)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes OUT/<image stem>/<condition>.npy and .png and OUT/contact_sheet.png."""
+    only = args.only.split(",") if args.only else None
+    for name in only or ():
+        conditions.get(name)
+    images = {path: conditions.load_image(path) for path in map(Path, args.image)}
+    stems = [path.stem for path in images]
+    if len(set(stems)) < len(stems):
+        raise ValueError("two images have the same name; their results would share a folder")
+    tools = load_tools(args.clip, args.segmenter)
+    reasons: dict[str, str] = {}
+    results = {
+        path: take_apart(
+            image, only=only, given=_beside(path), tools=tools, skipped=reasons.__setitem__
+        )
+        for path, image in tqdm(images.items(), unit="image", disable=len(images) < 2)
+    }
+    rows = []
+    for path, stored in results.items():
+        folder = args.out / path.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        row = {"image": images[path]}
+        for name, value in stored.items():
+            row[name] = conditions.get(name).render(value)
+            save_png(folder / f"{name}.png", row[name])
+            np.save(folder / f"{name}.npy", as_array(value), allow_pickle=False)
+        rows.append(row)
+    save_png(args.out / "contact_sheet.png", labelled_sheet(rows))
+    for name, reason in reasons.items():
+        print(f"without {name}: {reason}")
+    done = sum(len(stored) for stored in results.values())
+    print(f"{done} conditions of {len(results)} images in {args.out}, see contact_sheet.png")
+
+
+def as_array(stored: Any) -> np.ndarray:
+    """A stored value as one array: several become the fields of a structured scalar, no pickle."""
+    if not isinstance(stored, Mapping):
+        return np.asarray(stored)
+    fields = {key: np.asarray(value) for key, value in stored.items()}
+    packed = np.zeros((), [(key, a.dtype, a.shape) for key, a in fields.items()])
+    for key, array in fields.items():
+        packed[key] = array
+    return packed
+
+
+def _beside(path: Path) -> dict[str, str]:
+    """The caption of an image in a .txt of the same name."""
+    text = path.with_suffix(".txt")
+    return {"caption": text.read_text().strip()} if text.is_file() else {}

@@ -1,0 +1,132 @@
+"""`composer train --config NAME[:variant] --workdir DIR`: codec, CLIP or composer; resumes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from composer_jax import conditions
+from composer_jax.commands.pictures import grid, save_png
+from composer_jax.data.sources import open_source
+from composer_jax.diffusion import Use
+from composer_jax.training.config import keep_config, load_config
+from composer_jax.training.loop import Interrupted, Settings
+from composer_jax.training.loop import train as run_loop
+from composer_jax.training.state import make_optimizer
+from composer_jax.training.tasks import Task, make_task
+
+PREFIX = "--config."
+SHOWN = 8  # held-out examples in a sample grid
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options; `--config.KEY=VALUE` is taken by `take_rest`."""
+    parser.add_argument("--config", required=True, help="NAME[:variant] or FILE.py[:variant]")
+    parser.add_argument("--workdir", required=True, type=Path, help="run folder; resumes there")
+    parser.epilog = "--config.KEY=VALUE sets a key of the config, for example --config.steps=100"
+
+
+def take_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Takes config overrides out of what is left on the command line."""
+    args.overrides = [word.removeprefix(PREFIX) for word in rest if word.startswith(PREFIX)]
+    return [word for word in rest if not word.startswith(PREFIX)]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains to the config's last step, from the newest checkpoint where there is one."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    config = load_config(args.config, args.overrides)
+    new = not args.workdir.exists()
+    try:
+        train(config, args.workdir)
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command goes on from there")
+        return 0 if stopped.signal == signal.SIGTERM else 130
+    except ValueError:
+        if new:  # nothing half-written where nothing was
+            shutil.rmtree(args.workdir, ignore_errors=True)
+        raise
+    print(f"trained {config.steps} steps; the model is in {args.workdir / 'model'}")
+    return 0
+
+
+def train(config: ConfigDict, workdir: Path) -> Task:
+    """Trains what `config` says in `workdir` and exports the model beside each checkpoint.
+
+    Raises ValueError for a config that cannot be run, `Interrupted` after a signal.
+    """
+    source = open_source(config.source, size=config.image_size, seed=config.seed)
+    keep_config(config, workdir)
+    task = make_task(config, source, workdir)
+    settings = Settings(
+        steps=config.steps,
+        batch=config.batch,
+        seed=config.seed,
+        ema=config.ema,
+        log_every=config.log_every,
+        save_every=config.save_every,
+        hook_every=config.sample_every,
+        mesh=config.mesh.to_dict(),
+        sharding=tuple(config.sharding),
+    )
+    optimizer = make_optimizer(steps=config.steps, **config.optimizer)
+    hooks = [_grids(task, workdir)] if config.sample_every and config.task != "clip" else []
+
+    def export(step, state):
+        if jax.process_index() == 0:
+            task.export(state)
+
+    run_loop(
+        task.init, task.loss, optimizer, task.batch, settings, workdir, hooks, on_save=export
+    )
+    return task
+
+
+def _grids(task: Task, workdir: Path):
+    """A hook that writes `samples/STEP.png`: for the composer, a row for each condition alone."""
+    pipelines: list = []
+
+    def composer_grid() -> np.ndarray:
+        from composer_jax.sampling.pipeline import Pipeline
+        from composer_jax.storage.models import load_model
+
+        if pipelines:
+            pipelines[0] = pipelines[0].with_weights(load_model(workdir))
+        else:
+            pipelines.append(Pipeline.load(workdir))
+        pipe = pipelines[0]
+        rows = [task.pool["image"][:SHOWN]]
+        for name in (*pipe.names, None):
+            if name is not None and not conditions.get(name).cached:
+                continue
+            stored = task.pool["stored"]
+            shown = [
+                {name: [jax.tree.map(lambda a, i=i: np.array(a[i]), stored[name])]} if name else {}
+                for i in range(SHOWN)
+            ]
+            uses = {name: [Use(None)]} if name else {}
+            rows.append(pipe.sample(uses, shown, seeds=[(0, i) for i in range(SHOWN)]))
+        return grid(np.concatenate(rows), SHOWN)
+
+    def codec_grid() -> np.ndarray:
+        from composer_jax.storage.models import find_part, load_codec
+
+        images = np.array(task.pool["image"][:SHOWN])
+        vae = load_codec(find_part(workdir, "vae"))
+        decoded = vae.decode(vae.latents(vae.encode(images.astype(np.float32) / 127.5 - 1.0)))
+        decoded = np.round((np.clip(decoded, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+        return grid(np.concatenate([images, decoded]), SHOWN)
+
+    def hook(step, state) -> None:
+        task.export(state)
+        picture = composer_grid() if (workdir / "model" / "model.json").is_file() else codec_grid()
+        save_png(workdir / "samples" / f"{step:08d}.png", picture)
+
+    return hook

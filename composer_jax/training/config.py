@@ -1,0 +1,126 @@
+"""An experiment is one config file plus overrides; here they are found, checked and kept."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import json
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+# what may change when a run goes on; everything else would make it another run
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "save_every",
+    "sample_every",
+    "mesh",
+    "sharding",
+    "sampler",
+    "optimizer",
+    "ema",
+)
+
+
+def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config that `NAME[:variant]` or `FILE.py[:variant]` names, with `key=value` overrides.
+
+    Raises ValueError, one line, for an unknown config, variant or key, or a value of another type.
+    """
+    path, _, variant = text.partition(":")
+    if path.endswith(".py"):
+        if not Path(path).is_file():
+            raise ValueError(f"config file {path} does not exist")
+        spec = importlib.util.spec_from_file_location("composer_config", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        import composer_jax.configs as package
+
+        known = [info.name for info in pkgutil.iter_modules(package.__path__)]
+        if path not in known:
+            raise ValueError(f"no config {path!r}{_meant(path, known)}; there are "
+                             f"{', '.join(known)}, or give a .py file")  # fmt: skip
+        module = importlib.import_module(f"composer_jax.configs.{path}")
+    config = module.get_config(variant).lock()
+    for override in overrides:
+        _override(config, override)
+    return config
+
+
+def _override(config: ConfigDict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"--config.{key} wants a value: --config.{key}=VALUE")
+    *parents, leaf = key.split(".")
+    node = config
+    for i, name in enumerate([*parents, leaf]):
+        if not isinstance(node, ConfigDict) or name not in node:
+            known = list(flat(config))
+            raise ValueError(f"the config has no key {key!r}{_meant(key, known)}; "
+                             f"it has {', '.join(known)}")  # fmt: skip
+        if i < len(parents):
+            node = node[name]
+    node[leaf] = _convert(key, value, node[leaf])
+
+
+def _convert(key: str, text: str, old):
+    """`text` as the type of `old`."""
+    if isinstance(old, ConfigDict):
+        raise ValueError(f"config key {key} is a group; set one of {', '.join(flat(old, key))}")
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+        if isinstance(old, tuple | list):
+            value = tuple(word for word in text.split(",") if word)
+    if isinstance(old, tuple | list) and not isinstance(value, tuple | list):
+        value = (value,)
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    same = isinstance(value, tuple | list) if isinstance(old, tuple | list) else (
+        type(value) is type(old))  # fmt: skip
+    if not same:
+        kind = type(old).__name__
+        raise ValueError(f"config key {key} is of type {kind} (now {old!r}); {text!r} is not")
+    return value
+
+
+def flat(config: ConfigDict, prefix: str = "") -> dict:
+    """Dotted key -> value of everything in a config."""
+    found = {}
+    for key, value in config.items():
+        name = f"{prefix}.{key}" if prefix else key
+        found |= flat(value, name) if isinstance(value, ConfigDict) else {name: value}
+    return found
+
+
+def keep_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `workdir/config.json`; a run that goes on must have the same config.
+
+    Raises ValueError naming the first key that differs; `MAY_CHANGE` lists what may.
+    """
+    path = workdir / "config.json"
+    new = json.loads(json.dumps(flat(config)))
+    if path.is_file():
+        old = json.loads(path.read_text())
+        for key in sorted(old.keys() | new.keys()):
+            if key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key):
+                raise ValueError(
+                    f"{workdir} holds a run with {key} = {old.get(key)!r}, the config says "
+                    f"{new.get(key)!r}; give another --workdir or the same config"
+                )
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(new, indent=2) + "\n")
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

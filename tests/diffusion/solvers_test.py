@@ -1,0 +1,325 @@
+"""Solvers: equal to formulas written down again in float64, of their order, sound at both ends."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from composer_jax.diffusion import (
+    SOLVERS,
+    Process,
+    evaluation_times,
+    invert,
+    sample,
+    solver_evaluations,
+)
+
+FLOW = Process("flow", "flow")
+SD = Process("eps", "sd")
+ZERO = Process("v", "sd", zero_terminal_snr=True)
+ALL = [FLOW, SD, ZERO, Process("flow", "sd")]
+MEAN, STD = 0.8, 0.6  # of the Gaussian that is sampled in the analytic problem
+
+
+def noise(shape=(2, 4, 4, 3), seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def gaussian(process):
+    """The perfect network for data N(MEAN, STD^2)."""
+
+    def evaluate(x, t, index):
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        pull = (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+        return process.target(MEAN + alpha * STD**2 * pull, sigma * pull, t)
+
+    return evaluate
+
+
+def spread(process, t):
+    """Mean and standard deviation of x_t, in float64 of the process' own alpha and sigma."""
+    alpha, sigma = (np.asarray(f(t), np.float64) for f in (process.alpha, process.sigma))
+    return alpha * MEAN, np.sqrt((alpha * STD) ** 2 + sigma**2)
+
+
+def exact(process, x, start, end):
+    """The probability-flow ODE of a Gaussian keeps x's place in units of standard deviations."""
+    (mean, std), (mean_end, std_end) = spread(process, start), spread(process, end)
+    return mean_end + std_end * (x - mean) / std
+
+
+@functools.partial(jax.jit, static_argnames=("process", "solver", "backwards"))
+def solve(x, times, process, solver, backwards=False):
+    run = invert if backwards else sample
+    return run(gaussian(process), x, times, process, solver)
+
+
+# A fixed model function, in numpy and in JAX alike, that no solver is exact for.
+
+
+def model(x, t, xp):
+    return xp.tanh(x * (0.3 + t)) + 0.2 * xp.sin(5.0 * t)
+
+
+def fixed(x, t, index):
+    return model(x, t, jnp)
+
+
+def reference_x0_eps(process, output, x, a, s):
+    if process.prediction == "eps":
+        return (x - s * output) / a, output
+    if process.prediction == "v":
+        return a * x - s * output, s * x + a * output
+    return x - s * output, x + a * output
+
+
+def sd_points(process):
+    alphas = np.sqrt(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2))
+    if process.zero_terminal_snr:
+        alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
+    return np.concatenate([[1.0], alphas])
+
+
+def reference_grid(process, steps):
+    """t, alpha, sigma in float64 at SD's whole steps or on the flow schedule."""
+    t = 1 - np.arange(steps + 1) / steps
+    if process.schedule == "flow":
+        return t, 1 - t, t
+    a = sd_points(process)[np.round(1000 * t).astype(int)]
+    return t, a, np.sqrt(1 - a**2)
+
+
+def reference(solver, process, x, steps):
+    """Each solver as its paper or diffusers writes it, in float64."""
+    x = x.astype(np.float64)
+    t, a, s = reference_grid(process, steps)
+
+    def look(x, i):
+        return reference_x0_eps(process, model(x, t[i], np), x, a[i], s[i])
+
+    before = None
+    for i in range(steps):
+        x0, eps = look(x, i)
+        if solver == "ddim":
+            x = a[i + 1] * x0 + s[i + 1] * eps
+        elif process.schedule == "flow" and solver != "dpmpp2m":
+            # FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+            d, dt = eps - x0, t[i + 1] - t[i]
+            if solver == "heun" and i + 1 < steps:
+                x0, eps = look(x + dt * d, i + 1)
+                d = (d + eps - x0) / 2
+            x = x + dt * d
+        elif solver in ("euler", "heun"):
+            # EulerDiscreteScheduler, HeunDiscreteScheduler: x / alpha over sigma / alpha
+            ratio, ratio_next = s[i] / a[i], s[i + 1] / a[i + 1]
+            d, dt = eps, ratio_next - ratio
+            if solver == "heun" and i + 1 < steps:
+                d = (d + look(a[i + 1] * (x / a[i] + dt * d), i + 1)[1]) / 2
+            x = a[i + 1] * (x / a[i] + dt * d)
+        else:  # k-diffusion's sample_dpmpp_2m, in alpha, sigma
+            with np.errstate(divide="ignore"):
+                lam = np.log(a) - np.log(s)
+            h, denoised = lam[i + 1] - lam[i], x0
+            if before is not None and s[i + 1] > 0:
+                r = (lam[i] - lam[i - 1]) / h
+                denoised = (1 + 1 / (2 * r)) * x0 - before / (2 * r)
+            x = s[i + 1] / s[i] * x - a[i + 1] * np.expm1(-h) * denoised
+            before = x0
+    return x
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("process", [FLOW, SD, Process("v", "sd")])
+@pytest.mark.parametrize("steps", [8])
+def test_equal_to_the_formulas(solver, process, steps):
+    x = noise()
+    got = sample(fixed, x, process.times(steps), process, solver)
+    want = reference(solver, process, x, steps)
+    assert got.dtype == jnp.float32
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-5
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp2m"])
+def test_equal_to_the_formulas_at_zero_terminal_snr(solver):
+    x = noise()
+    got = sample(fixed, x, ZERO.times(10), ZERO, solver)
+    want = reference(solver, ZERO, x, 10)
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-5
+
+
+def test_ddims_noise_is_the_papers():
+    x, eta, steps = noise(), 0.7, 10
+    key = jax.random.key(3)
+    got = sample(fixed, x, SD.times(steps), SD, "ddim", key=key, eta=eta)
+    t, a, s = reference_grid(SD, steps)
+    want = x.astype(np.float64)
+    for i in range(steps):
+        z = np.asarray(jax.random.normal(jax.random.fold_in(key, i), x.shape), np.float64)
+        x0, eps = reference_x0_eps(SD, model(want, t[i], np), want, a[i], s[i])
+        # eq. 16 of arXiv 2010.02502, its alpha being alpha^2 here
+        std = eta * s[i + 1] / s[i] * np.sqrt(1 - a[i] ** 2 / a[i + 1] ** 2)
+        want = a[i + 1] * x0 + np.sqrt(s[i + 1] ** 2 - std**2) * eps + std * z
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-5
+
+
+@pytest.mark.parametrize("process", [FLOW, ZERO])
+def test_ddim_with_noise_keeps_the_distribution(process):
+    x = noise((20000,), seed=5)
+    run = jax.jit(
+        lambda x, key, eta: sample(
+            gaussian(process), x, process.times(60), process, "ddim", key=key, eta=eta
+        )
+    )
+    got = np.asarray(run(x, jax.random.key(1), 1.0))
+    assert abs(got.mean() - MEAN) < 0.05 and abs(got.std() - STD) < 0.05
+    assert abs(np.corrcoef(got, x)[0, 1]) < 0.6  # while without noise it is 1
+    still = run(x, jax.random.key(2), 0.0)
+    np.testing.assert_allclose(still, solve(x, process.times(60), process, "ddim"), atol=1e-5)
+
+
+def test_an_examples_noise_is_its_own():
+    keys, x = jax.random.split(jax.random.key(0), 3), noise((3, 2, 2, 1))
+
+    def run(x, key):
+        times = FLOW.times(4)
+        return sample(gaussian(FLOW), x, times, FLOW, "ddim", key=key, eta=1.0)
+
+    whole, alone = run(x, jax.random.clone(keys)), run(x[1:2], jax.random.clone(keys[1:2]))
+    np.testing.assert_allclose(whole[1:2], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("process", [FLOW, SD])
+def test_order_of_convergence(process, solver):
+    start, end = (1.0, 0.2) if process.schedule == "flow" else (0.9, 0.2)
+    x = np.linspace(-2, 2, 9, dtype=np.float32)
+    errors = []
+    for steps in (16, 32):
+        times = np.linspace(start, end, steps + 1, dtype=np.float32)
+        error = np.asarray(solve(x, times, process, solver)) - exact(process, x, start, end)
+        errors.append(np.abs(error).max())
+    order = 2 if solver in ("heun", "dpmpp2m") else 1
+    rates = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert errors[-1] < (2e-3 if order == 2 else 3e-2)
+    assert (rates > order - 0.3).all(), rates
+
+
+@pytest.mark.parametrize("process", ALL)
+def test_sound_from_end_to_end(process):
+    """From pure noise to the data; one step is the prediction of x0; few steps are finite."""
+    x = noise((1000,), seed=2)
+
+    @jax.jit
+    def run(x):
+        return [
+            [sample(evaluate, x, process.times(steps), process, solver) for solver in SOLVERS]
+            for steps, evaluate in (
+                (1, fixed),
+                (3, fixed),
+                (50, gaussian(process)),
+            )
+        ]
+
+    one, *few, many = np.asarray(run(x))
+    x0, _ = process.x0_eps(model(x, 1.0, jnp), x, 1.0)
+    for got in one:
+        np.testing.assert_allclose(got, x0, rtol=1e-4, atol=1e-4)
+    assert np.isfinite(few).all()
+    for got in many:
+        assert np.abs(got - exact(process, x, 1.0, 0.0)).max() < 0.1
+
+
+def watched(seen):
+    """A model function that notes the index and time of each evaluation."""
+
+    def evaluate(x, t, index):
+        jax.debug.callback(lambda i, t: seen.append((int(i), float(t))), index, t)
+        return x
+
+    return evaluate
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_evaluations_and_their_times(solver):
+    times = FLOW.times(5)
+
+    count = solver_evaluations(solver, 5)
+    at = evaluation_times(times, solver)
+    assert count == (9 if solver == "heun" else 5) and at.shape == (count,)
+    seen = []
+    sample(watched(seen), noise(), times, FLOW, solver)
+    jax.effects_barrier()
+    assert [i for i, _ in sorted(seen)] == list(range(count))
+    np.testing.assert_allclose([t for _, t in sorted(seen)], at)
+    if solver == "heun":
+        np.testing.assert_allclose(at, [1, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2], atol=1e-6)
+    else:
+        np.testing.assert_array_equal(at, times[:-1])
+
+
+@pytest.mark.parametrize("process, solver", [(FLOW, "euler"), (SD, "ddim"), (ZERO, "ddim")])
+def test_inversion_comes_back(process, solver):
+    x0 = MEAN + STD * noise()
+    errors = []
+    for steps in (50, 200):
+        times = process.times(steps)
+        x_T = solve(x0, times, process, solver, backwards=True)
+        assert np.isfinite(x_T).all()
+        errors.append(np.abs(np.asarray(solve(x_T, times, process, solver)) - x0).max())
+    assert errors[1] < 0.5 * errors[0] and errors[1] < 0.06, errors
+    assert np.abs(x_T - exact(process, x0, 0.0, 1.0)).max() < 0.1
+
+
+def test_inversions_evaluations_are_the_flipped_grids():
+    times, seen = FLOW.times(4), []
+    invert(watched(seen), noise(), times, FLOW)
+    jax.effects_barrier()
+    np.testing.assert_allclose(
+        [t for _, t in sorted(seen)], evaluation_times(times[::-1], "ddim"), atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_values_never_recompile_and_the_network_is_traced_once(solver):
+    traced = []
+
+    @jax.jit
+    def run(x, times, gain, key, eta):
+        def evaluate(x, t, index):
+            traced.append(solver)
+            return gain[index] * x
+
+        options = {"key": key, "eta": eta} if solver == "ddim" else {}
+        return sample(evaluate, x, times, FLOW, solver, **options)
+
+    gain = np.ones(solver_evaluations(solver, 3), np.float32)
+    for i in range(3):
+        run(noise(seed=i), FLOW.times(3) * (1 - 0.1 * i), gain * i, jax.random.key(i), 0.1 * i)
+    assert run._cache_size() == 1
+    assert len(traced) == 1  # one network in the scan's body
+
+
+def test_starting_midway_is_the_same_road():
+    """Image to image: a truncated grid goes on from x at its first time."""
+    x, times = noise(), FLOW.times(8)
+    middle = solve(x, times[:5], FLOW, "euler")
+    end = solve(middle, times[4:], FLOW, "euler")
+    np.testing.assert_allclose(end, solve(x, times, FLOW, "euler"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: sample(model, noise(), FLOW.times(2), FLOW, "dpmp2m"), "did you mean 'dpmpp2m'"),
+        (lambda: sample(model, noise(), FLOW.times(2), FLOW, "ddim", eta=1.0), "key"),
+        (lambda: sample(model, noise(), FLOW.times(2), FLOW, "heun", eta=1.0), "ddim"),
+        (lambda: sample(model, noise(), np.ones(1), FLOW), "steps at least 1"),
+        (lambda: invert(model, noise(), FLOW.times(2), FLOW, "heun"), "allowed: ddim, euler"),
+        (lambda: solver_evaluations("eular", 3), "did you mean 'euler'"),
+    ],
+)
+def test_wrong_calls(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
