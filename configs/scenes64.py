@@ -14,13 +14,13 @@ from composer_jax.models.unet import PRESETS
 def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = "composer"
-    config.source = "scenes:30000"
+    config.source = "scenes:12000"
     config.image_size = 64
     config.codec = "bundled"
     config.clip = "bundled"
     config.conditions = ()  # empty: all that the source can give
     config.seed = 0
-    config.steps = 6500
+    config.steps = 5000
     config.batch = 32
     config.dtype = "float32"
     config.model = dict(

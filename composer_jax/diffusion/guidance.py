@@ -11,8 +11,9 @@ c_0, the row without them (c_m = c; two terms are arXiv 2211.09800, eq. 3):
 
     out = u + w (c_0 - u) + sum_i g_i (c_i - c_{i-1})
 
-so g_i = w changes nothing, g_i = 0 is the condition left out, and the weights sum to 1. Composer's
-two-set guidance is the first line with c given c2 and u given c1 (`two_sets`).
+so g_i = w changes nothing, g_i = 0 is the condition left out, and the weights sum to 1 (uses that
+share a pixel share their scales). Composer's two-set guidance is the first line with c given c2 and
+u given c1 (`two_sets`).
 
 Several uses of one condition share the picture: in its `region` a use acts alone (where regions
 overlap, each by its share), elsewhere uses without a region do, in equal shares, else none. A use
@@ -153,8 +154,8 @@ def build_plan(
     (arXiv 2404.07724); outside they are 1. `size`: (h, w) of the latents; regions need it, and with
     it weights always are [S, K, h, w], so that a region more or less never recompiles.
 
-    Rows: what is given, then what is not (row 1 where there are no regions), then scales' rows; K
-    is padded to one of BUCKETS with absent rows of weight 0. Raises ValueError for an unknown
+    Rows: c's (row 0 where no uses share the picture), u's (row 1), then the scales'; equal rows are
+    one; K is padded to one of BUCKETS with absent rows of weight 0. Raises ValueError for an unknown
     condition, a value out of range, or more rows than the largest bucket.
     """
     uses = {name: as_uses(value) for name, value in uses.items()}
@@ -178,87 +179,82 @@ def build_plan(
         sum(one.share * (w if one.scale is None else limited(one.scale)) for one in given[i])
         for i in scaled
     ]
-    rows = _Rows()
-    rows.add(given, gains[-1])
-    rows.add(repelled, 1.0 - w)
-    for level in range(len(scaled)):  # c_level: without scaled[level], scaled[level + 1], ...
-        without = [nothing if i in scaled[level:] else given[i] for i in range(len(names))]
-        rows.add(without, gains[level] - gains[level + 1])
-    return rows.plan(len(progress), len(names), size)
+    weights: dict[tuple[int, ...], np.ndarray] = {}  # by source: what a row evaluates
+
+    def add(conditions, weight):
+        for source, part in _combinations(conditions, weight):
+            weights[source] = weights.get(source, 0.0) + part
+
+    add(given, gains[-1])
+    add(repelled, 1.0 - w)
+    for level in range(len(scaled)):  # c_level lacks scaled[level], scaled[level + 1], ...
+        add(
+            [nothing if i in scaled[level:] else given[i] for i in range(len(names))],
+            gains[level] - gains[level + 1],
+        )
+
+    count = bucket(len(weights))
+    source = np.zeros((count, len(names)), np.int32)
+    source[: len(weights)] = np.array([*weights], np.int32).reshape(len(weights), len(names))
+    weight = np.zeros((len(progress), count, *(size or (1, 1))), np.float32)
+    for k, part in enumerate(weights.values()):
+        weight[:, k] = part
+    strength = np.zeros((len(progress), count, len(names)), np.float32)
+    for i, name in enumerate(names):
+        for j, one in enumerate(uses.get(name, ()), 1):
+            acts = one.strength * _active(one.window, progress)
+            strength[:, source[:, i] == j, i] = acts[:, None]
+    return Plan(source, strength, weight)
 
 
 class _Alternative(NamedTuple):
-    """One way a condition is given: a value of the bank, or absent (source 0).
+    """One way a condition is given: the `source` it takes, and its share [S, h, w] of the picture.
 
-    `strength` [S]; `share` [S, h, w]: where and when it is this way.
+    Source 0 is absent. `scale`: the use's own.
     """
 
     source: int
-    strength: np.ndarray
     share: np.ndarray
     scale: float | None = None
 
 
 def _alternatives(uses, negative, progress, size) -> list[_Alternative]:
     """The ways a condition is given by its positive (or negative) uses; shares sum to 1."""
-    chosen = [(j, one) for j, one in enumerate(uses, 1) if one.negative == negative]
-    active = {j: _active(one.window, progress).astype(np.float64) for j, one in chosen}
-    strength = {j: one.strength * active[j] for j, one in chosen}
+    chosen = {j: one for j, one in enumerate(uses, 1) if one.negative == negative}
     ones = np.ones((len(progress), 1, 1))
     if not chosen:
-        return [_Alternative(0, np.zeros(len(progress)), ones)]
-    if len(chosen) == 1 and chosen[0][1].region is None:
-        j, one = chosen[0]
-        return [_Alternative(j, strength[j], ones, one.scale)]
+        return [_Alternative(0, ones)]
+    if len(chosen) == 1 and all(one.region is None for one in chosen.values()):
+        return [_Alternative(j, ones, one.scale) for j, one in chosen.items()]
+    active = {j: ones * _active(one.window, progress)[:, None, None] for j, one in chosen.items()}
+    plain = [j for j, one in chosen.items() if one.region is None]
     share = {
-        j: active[j][:, None, None] * _resized(one.region, size)[None]
-        for j, one in chosen
-        if one.region is not None
+        j: active[j] * _resized(one.region, size)[None]
+        for j, one in chosen.items()
+        if j not in plain
     }
-    total = sum(share.values(), np.zeros_like(ones))
+    total = sum(share.values(), 0.0 * ones)
     share = {j: part / np.maximum(total, 1.0) for j, part in share.items()}
     rest = np.maximum(1.0 - total, 0.0)
-    plain = [j for j, one in chosen if one.region is None]
-    count = sum((active[j] for j in plain), np.zeros(len(progress)))[:, None, None]
-    for j in plain:
-        share[j] = rest * active[j][:, None, None] / np.maximum(count, 1.0)
-    ways = [_Alternative(j, strength[j], share[j], one.scale) for j, one in chosen]
-    ways.append(_Alternative(0, np.zeros(len(progress)), rest * (count == 0.0)))
+    count = sum((active[j] for j in plain), 0.0 * ones)
+    share |= {j: rest * active[j] / np.maximum(count, 1.0) for j in plain}
+    ways = [_Alternative(j, share[j], one.scale) for j, one in chosen.items()]
+    ways.append(_Alternative(0, rest * (count == 0.0)))
     return [way for way in ways if way.share.any()]
 
 
-class _Rows:
-    """Rows by what they evaluate; equal ones are one row, their weights added."""
-
-    def __init__(self):
-        self.weights: dict[tuple, np.ndarray] = {}
-        self.strengths: dict[tuple, np.ndarray] = {}
-
-    def add(self, conditions: Sequence[Sequence[_Alternative]], weight: np.ndarray) -> None:
-        """Adds weight x the sum over all combinations of the conditions' alternatives."""
-        rows = [((), [], weight, np.ones((1, 1, 1)))]
-        for ways in conditions:
-            rows = [
-                ((*source, way.source), [*strength, way.strength], part * way.share, share)
-                for source, strength, part, before in rows
-                for way in ways
-                if (share := before * way.share).any()
-            ]
-            bucket(len(rows))
-        for source, strength, part, _ in rows:
-            strengths = np.stack(strength, axis=-1) if strength else np.zeros((len(part), 0))
-            key = (source, strengths.tobytes())
-            self.strengths[key] = strengths
-            self.weights[key] = self.weights.get(key, 0.0) + part
-
-    def plan(self, evaluations: int, conditions: int, size: tuple[int, int] | None) -> Plan:
-        count = bucket(len(self.weights))
-        source = np.zeros((count, conditions), np.int32)
-        strength = np.zeros((evaluations, count, conditions), np.float32)
-        weight = np.zeros((evaluations, count, *(size or (1, 1))), np.float32)
-        for k, key in enumerate(self.weights):
-            source[k], strength[:, k], weight[:, k] = key[0], self.strengths[key], self.weights[key]
-        return Plan(source, strength, weight)
+def _combinations(conditions: Sequence[Sequence[_Alternative]], weight: np.ndarray):
+    """Every combination of the conditions' alternatives that acts somewhere: (source, weight)."""
+    rows = [((), np.ones((1, 1, 1)))]
+    for ways in conditions:
+        rows = [
+            ((*source, way.source), both)
+            for source, share in rows
+            for way in ways
+            if (both := share * way.share).any()
+        ]
+        bucket(len(rows))
+    return [(source, weight * share) for source, share in rows]
 
 
 def _has_scale(uses: Sequence[Use]) -> bool:

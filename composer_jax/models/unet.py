@@ -16,9 +16,11 @@ from composer_jax.models.blocks import (
     Downsample,
     ResnetBlock,
     Upsample,
+    conv1,
     conv3,
     depth_to_space,
     group_norm,
+    linear,
     space_to_depth,
 )
 from composer_jax.models.vae import strict
@@ -65,9 +67,9 @@ PRESETS = {
     "sd21": UNetConfig(heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True),
     "scenes64": UNetConfig(
         in_channels=4 + 16,
-        block_out_channels=(192, 320),
+        block_out_channels=(128, 224),
         attention=(True, True),
-        heads=(3, 5),
+        heads=(4, 7),
         layers_per_block=1,
         cross_attention_dim=128,
         norm_num_groups=16,
@@ -98,8 +100,8 @@ class TimestepEmbedding(nnx.Module):
     """Two linear layers around a SiLU."""
 
     def __init__(self, width: int, out: int, *, dtype, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(width, out, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(out, out, dtype=dtype, rngs=rngs)
+        self.linear_1 = linear(width, out, dtype=dtype, rngs=rngs)
+        self.linear_2 = linear(out, out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
         """x [B, D]; returns [B, E]."""
@@ -110,7 +112,7 @@ class GEGLU(nnx.Module):
     """A linear layer whose one half gates the other (arXiv 2002.05202)."""
 
     def __init__(self, width: int, hidden: int, *, dtype, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(width, 2 * hidden, dtype=dtype, rngs=rngs)
+        self.proj = linear(width, 2 * hidden, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n d"]:
         """x [B, N, C]; returns [B, N, hidden]."""
@@ -123,7 +125,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
         gate = GEGLU(width, 4 * width, dtype=dtype, rngs=rngs)
-        out = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        out = linear(4 * width, width, dtype=dtype, rngs=rngs)
         self.net = nnx.Dict({"0": gate, "2": out})
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -160,11 +162,11 @@ class Transformer(nnx.Module):
         block = TransformerBlock(channels, config.cross_attention_dim, heads, **options)
         self.transformer_blocks = nnx.List([block])
         if self.linear:
-            self.proj_in = nnx.Linear(channels, channels, **options)
-            self.proj_out = nnx.Linear(channels, channels, **options)
+            self.proj_in = linear(channels, channels, **options)
+            self.proj_out = linear(channels, channels, **options)
         else:
-            self.proj_in = nnx.Conv(channels, channels, (1, 1), **options)
-            self.proj_out = nnx.Conv(channels, channels, (1, 1), **options)
+            self.proj_in = conv1(channels, channels, **options)
+            self.proj_out = conv1(channels, channels, **options)
 
     def __call__(self, x: Float[Array, "b h w c"], context: Context, bias):
         """x [B, H, W, C]; takes its (k, v) off the front of `context`; returns x's shape."""

@@ -16,9 +16,12 @@ from composer_jax.models.blocks import (
     Downsample,
     ResnetBlock,
     Upsample,
+    attend,
+    conv1,
     conv3,
     depth_to_space,
     group_norm,
+    linear,
     space_to_depth,
 )
 
@@ -94,8 +97,6 @@ class AttentionBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """x [B, H, W, C]; returns the same shape."""
-        from composer_jax.models.blocks import attend
-
         sequence = self.group_norm(x).reshape(x.shape[0], -1, x.shape[3])
         q, k, v = self.to_q(sequence), self.to_k(sequence), self.to_v(sequence)
         return x + self.to_out[0](attend(q, k, v, 1)).reshape(x.shape)
@@ -222,12 +223,12 @@ class VAE(nnx.Module):
         options = {"dtype": dtype, "rngs": rngs}
         c = config.latent_channels
         self.encoder, self.decoder = Encoder(config, **options), Decoder(config, **options)
-        self.quant_conv = nnx.Conv(2 * c, 2 * c, (1, 1), **options)
-        self.post_quant_conv = nnx.Conv(c, c, (1, 1), **options)
+        self.quant_conv = conv1(2 * c, 2 * c, **options)
+        self.post_quant_conv = conv1(c, c, **options)
         if config.linear_skip:
             folded = config.in_channels * config.patch**2
-            self.encoder_skip = nnx.Linear(folded, c, **options)
-            self.decoder_skip = nnx.Linear(c, folded, **options)
+            self.encoder_skip = linear(folded, c, **options)
+            self.decoder_skip = linear(c, folded, **options)
 
     @property
     def factor(self) -> int:

@@ -131,10 +131,9 @@ def reference(solver, process, x, steps):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("process", [FLOW, SD, Process("v", "sd")])
-@pytest.mark.parametrize("steps", [8])
-def test_equal_to_the_formulas(solver, process, steps):
-    x = noise()
+@pytest.mark.parametrize("process", [FLOW, SD])
+def test_equal_to_the_formulas(solver, process):
+    x, steps = noise(), 8
     got = sample(fixed, x, process.times(steps), process, solver)
     want = reference(solver, process, x, steps)
     assert got.dtype == jnp.float32
@@ -259,7 +258,7 @@ def test_evaluations_and_their_times(solver):
         np.testing.assert_array_equal(at, times[:-1])
 
 
-@pytest.mark.parametrize("process, solver", [(FLOW, "euler"), (SD, "ddim"), (ZERO, "ddim")])
+@pytest.mark.parametrize("process, solver", [(FLOW, "euler"), (ZERO, "ddim")])
 def test_inversion_comes_back(process, solver):
     x0 = MEAN + STD * noise()
     errors = []

@@ -1,0 +1,186 @@
+"""`composer quickstart`: photos come apart, a model trains, images obey; ends in a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from composer_jax import conditions
+from composer_jax.commands.decompose import load_tools
+from composer_jax.commands.pictures import labelled_sheet
+from composer_jax.conditions.decompose import decompose
+from composer_jax.data.sources import open_source
+from composer_jax.evaluation.control import (
+    extract_all,
+    measure_control,
+    reconstruct,
+    sample_each,
+)
+from composer_jax.evaluation.report import Report
+from composer_jax.sampling.pipeline import Pipeline
+
+PHOTOS = ("astronaut", "cat", "coffee", "rocket")
+MEASURED = ("sketch", "intensity", "palette", "semantics")
+PAIRS = (("sketch", "palette"), ("depth", "palette"), ("caption", "depth"))
+SHOWN, COUNT = 6, 16  # scenes in pictures, scenes in numbers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to write")
+    parser.add_argument("--config", default="scenes64:quick", help="what to train")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Decompose, train with an interruption, sample, report: writes OUT/report.html."""
+    start = time.perf_counter()
+    report = Report("Composer in JAX: quickstart", "Every number below was computed in this run.")
+    print("1/3  photos come apart")
+    photos(report)
+    print("2/3  a composer trains; it is interrupted half-way and resumed")
+    workdir = args.out / "run"
+    shutil.rmtree(workdir, ignore_errors=True)
+    resumed_at = train_with_interruption(args.config, workdir)
+    curve(report, workdir, resumed_at)
+    print("3/3  held-out scenes come back from their conditions")
+    control(report, Pipeline.load(workdir))
+    advice(report, workdir)
+    minutes = (time.perf_counter() - start) / 60
+    report.text(f"This run took {minutes:.1f} minutes.")
+    path = args.out / "report.html"
+    path.write_text(report.html())
+    print(f"done in {minutes:.1f} minutes; open {path}")
+
+
+def photos(report: Report) -> None:
+    """Decomposes scikit-image's photos into a contact sheet."""
+    import skimage.data
+
+    tools, rows, reasons = load_tools("bundled"), [], {}
+    for name in tqdm(PHOTOS, unit="photo"):
+        photo = conditions.load_image(getattr(skimage.data, name)())
+        stored = decompose(photo, tools=tools, skipped=reasons.__setitem__)
+        rows.append({"image": photo} | {n: conditions.get(n).render(v) for n, v in stored.items()})
+    report.heading("Photos, taken apart")
+    report.text("Each column is one factor of the image. A composer is trained to put images back "
+                "together from any subset of them.")  # fmt: skip
+    report.picture(labelled_sheet(rows, 150), "Photos of scikit-image and their conditions.")
+    for name, reason in reasons.items():
+        report.text(f"Not shown, {name}: {reason}.")
+
+
+def train_with_interruption(config: str, workdir: Path) -> int:
+    """Runs `composer train`, stops it with SIGTERM half-way, runs it again; the step it resumed at.
+
+    Raises ValueError where training fails.
+    """
+    command = [sys.executable, "-m", "composer_jax", "train", "--config", config]
+    command += ["--workdir", str(workdir)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while first.poll() is None:
+        if len(metrics(workdir)) >= 2 and metrics(workdir)[-1]["step"] >= _steps(workdir) // 2:
+            first.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.2)
+    if first.wait() != 0:
+        raise ValueError("training ended with an error, see above")
+    stopped = metrics(workdir)[-1]["step"]
+    print(f"     stopped by SIGTERM at step {stopped}, now resumed")
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
+        raise ValueError("training ended with an error after it was resumed, see above")
+    return stopped
+
+
+def metrics(workdir: Path) -> list[dict]:
+    """The rows of metrics.jsonl so far."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _steps(workdir: Path) -> int:
+    return json.loads((workdir / "config.json").read_text())["steps"]
+
+
+def curve(report: Report, workdir: Path, resumed_at: int) -> None:
+    """The loss as a plot."""
+    rows = metrics(workdir)
+    report.heading("Training")
+    rate = np.median([row["images_per_second"] for row in rows])
+    report.text(f"{rows[-1]['step']} steps at {rate:.0f} images/s. At step {resumed_at} the run was "
+                "stopped by SIGTERM, saved its state and was started again.")  # fmt: skip
+    report.plot([row["step"] for row in rows], [row["loss"] for row in rows],
+                "Loss by step; the dashed line is where the run was resumed.", [resumed_at])  # fmt: skip
+
+
+def control(report: Report, pipe: Pipeline) -> None:
+    """Samples held-out scenes from single conditions and pairs; pictures and numbers."""
+    source = open_source(f"scenes:{COUNT}", size=pipe.size, split="test")
+    batch = source.batch(range(COUNT))
+    images, given = batch["image"], batch["given"]
+    stored = extract_all(pipe, images, given, pipe.names)
+    kinds = [(), *[(name,) for name in pipe.names], *PAIRS, pipe.names]
+    kinds = [kind for kind in kinds if set(kind) <= set(pipe.names)]
+    samples = {}
+    with tqdm(total=len(kinds) * COUNT, unit="image") as bar:
+        for kind in kinds:
+            samples[kind] = sample_each(pipe, stored, kind, steps=10, progress=bar.update)
+    rows = []
+    for i in range(SHOWN):
+        row = {"scene": images[i]}
+        for kind in kinds:
+            if len(kind) == 1:
+                row[kind[0]] = conditions.get(kind[0]).render(stored[i][kind[0]])
+                row[f"from {kind[0]}"] = samples[kind][i]
+        rows.append(row)
+    report.heading("Held-out scenes, from one condition")
+    report.text("Beside each condition, a sample that was given it alone.")
+    report.picture(labelled_sheet(rows, 96), "Scenes the model never saw.")
+    rows = [
+        {"scene": images[i]}
+        | {_title(kind, pipe): samples[kind][i] for kind in kinds if len(kind) != 1}
+        for i in range(SHOWN)
+    ]
+    report.heading("From nothing, from pairs, from everything")
+    report.picture(labelled_sheet(rows, 150), "The same scenes.")
+    report.heading("Control")
+    report.text(f"The condition is taken out of the sample again and compared with what was asked, "
+                f"1 is perfect; {COUNT} held-out scenes, one seed, 10 steps. Floor: samples without "
+                "it. Permuted: samples given another scene's. Oracle: the scene through the codec.")  # fmt: skip
+    through = reconstruct(pipe, images)
+    table = []
+    for name in (n for n in MEASURED if n in pipe.names):
+        found = measure_control(pipe, name, stored, samples[(name,)], samples[()], through)
+        numbers = (found.wanted, found.permuted, found.floor, found.oracle)
+        nc = "-" if found.normalised is None else f"{found.normalised:.2f}"
+        table.append([name, *(f"{n:.3f}" for n in numbers), nc, str(found.left_out)])
+    head = ["condition", "sample", "permuted", "floor", "oracle", "normalised", "left out"]
+    report.table(head, table)
+    for row in table:
+        print(f"     {row[0]:10} sample {row[1]}  permuted {row[2]}  floor {row[3]}")
+
+
+def _title(kind: tuple[str, ...], pipe: Pipeline) -> str:
+    if kind == pipe.names:
+        return "everything"
+    return " + ".join(kind) or "nothing"
+
+
+def advice(report: Report, workdir: Path) -> None:
+    """What to do next."""
+    report.heading("What next")
+    report.text("These samples come from about two minutes of training. Train longer, on scenes or "
+                "on your own photos, and sample from what you trained:")  # fmt: skip
+    report.code("composer train --config scenes64 --workdir runs/scenes64\n"
+                "composer train --config scenes64 --config.source=folder:PHOTOS --workdir runs/mine\n"
+                f"composer sample --model {workdir} --caption 'a red cone' --out samples\n"
+                "composer decompose PHOTO.jpg --out conditions")  # fmt: skip
