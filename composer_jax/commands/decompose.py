@@ -1,4 +1,4 @@
-"""`composer decompose IMAGE... --out DIR`: every condition as .npy and .png, and a contact sheet."""
+"""`composer decompose IMAGE... --out DIR`: conditions as .npy and .png, and a contact sheet."""
 
 from __future__ import annotations
 

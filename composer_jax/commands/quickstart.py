@@ -71,8 +71,10 @@ def photos(report: Report) -> None:
         stored = decompose(photo, tools=tools, skipped=reasons.__setitem__)
         rows.append({"image": photo} | {n: conditions.get(n).render(v) for n, v in stored.items()})
     report.heading("Photos, taken apart")
-    report.text("Each column is one factor of the image. A composer is trained to put images back "
-                "together from any subset of them.")  # fmt: skip
+    report.text(
+        "Each column is one factor of the image. A composer is trained to put images back together "
+        "from any subset of them."
+    )
     report.picture(labelled_sheet(rows, 150), "Photos of scikit-image and their conditions.")
     for name, reason in reasons.items():
         report.text(f"Not shown, {name}: {reason}.")
@@ -116,10 +118,13 @@ def curve(report: Report, workdir: Path, resumed_at: int) -> None:
     rows = metrics(workdir)
     report.heading("Training")
     rate = np.median([row["images_per_second"] for row in rows])
-    report.text(f"{rows[-1]['step']} steps at {rate:.0f} images/s. At step {resumed_at} the run was "
-                "stopped by SIGTERM, saved its state and was started again.")  # fmt: skip
-    report.plot([row["step"] for row in rows], [row["loss"] for row in rows],
-                "Loss by step; the dashed line is where the run was resumed.", [resumed_at])  # fmt: skip
+    report.text(
+        f"{rows[-1]['step']} steps at {rate:.0f} images/s. At step {resumed_at} the run was stopped "
+        "by SIGTERM, saved its state and was started again."
+    )
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    name = "Loss by step; the dashed line is where the run was resumed."
+    report.plot(steps, losses, name, [resumed_at])
 
 
 def control(report: Report, pipe: Pipeline) -> None:
@@ -153,9 +158,11 @@ def control(report: Report, pipe: Pipeline) -> None:
     report.heading("From nothing, from pairs, from everything")
     report.picture(labelled_sheet(rows, 150), "The same scenes.")
     report.heading("Control")
-    report.text(f"The condition is taken out of the sample again and compared with what was asked, "
-                f"1 is perfect; {COUNT} held-out scenes, one seed, 10 steps. Floor: samples without "
-                "it. Permuted: samples given another scene's. Oracle: the scene through the codec.")  # fmt: skip
+    report.text(
+        "The condition is taken out of the sample again and compared with what was asked; 1 is "
+        f"perfect. {COUNT} held-out scenes, one seed, 10 steps. Floor: samples without it. "
+        "Permuted: samples given another scene's. Oracle: the scene through the codec."
+    )
     through = reconstruct(pipe, images)
     table = []
     for name in (n for n in MEASURED if n in pipe.names):
@@ -178,9 +185,14 @@ def _title(kind: tuple[str, ...], pipe: Pipeline) -> str:
 def advice(report: Report, workdir: Path) -> None:
     """What to do next."""
     report.heading("What next")
-    report.text("These samples come from about two minutes of training. Train longer, on scenes or "
-                "on your own photos, and sample from what you trained:")  # fmt: skip
-    report.code("composer train --config scenes64 --workdir runs/scenes64\n"
-                "composer train --config scenes64 --config.source=folder:PHOTOS --workdir runs/mine\n"
-                f"composer sample --model {workdir} --caption 'a red cone' --out samples\n"
-                "composer decompose PHOTO.jpg --out conditions")  # fmt: skip
+    report.text(
+        "These samples come from about two minutes of training. Train longer, on scenes or on your "
+        "own photos, and sample from what you trained:"
+    )
+    mine = "--config scenes64 --config.source=folder:PHOTOS --workdir runs/mine"
+    report.code(
+        "composer train --config scenes64 --workdir runs/scenes64\n"
+        f"composer train {mine}\n"
+        f"composer sample --model {workdir} --caption 'a red cone' --out samples\n"
+        "composer decompose PHOTO.jpg --out conditions"
+    )

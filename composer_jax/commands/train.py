@@ -83,9 +83,7 @@ def train(config: ConfigDict, workdir: Path) -> Task:
         if jax.process_index() == 0:
             task.export(state)
 
-    run_loop(
-        task.init, task.loss, optimizer, task.batch, settings, workdir, hooks, on_save=export
-    )
+    run_loop(task.init, task.loss, optimizer, task.batch, settings, workdir, hooks, on_save=export)
     return task
 
 

@@ -1,7 +1,8 @@
 """A ray caster in JAX: one scene of up to four solids on a floor, its depth and its id map.
 
 `lax.map` over scenes and `lax.switch` over shapes, with the rays of a scene vectorised inside:
-`vmap` would compute every shape for every object. Vectors are [3, P]: their last axis is long.
+`vmap` would compute every shape for every object. A vector is a tuple
+(x, y, z) of arrays [P]: a stacked axis would keep XLA from vectorising what it fuses.
 """
 
 from __future__ import annotations
@@ -23,21 +24,32 @@ def _dot(a, b):
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
+def _add(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+
+
+def _mul(a, number):
+    return a[0] * number, a[1] * number, a[2] * number
+
+
 def _unit(a):
-    return a * lax.rsqrt(jnp.maximum(_dot(a, a), 1e-12))[None]
+    return _mul(a, lax.rsqrt(jnp.maximum(_dot(a, a), 1e-12)))
+
+
+def _where(condition, a, b):
+    return tuple(jnp.where(condition, p, q) for p, q in zip(a, b, strict=True))
 
 
 def _turn(matrix, a):
-    """matrix [3, 3] times a [3, P], as multiplications that fuse."""
-    rows = [sum(matrix[i][j] * a[j] for j in range(3)) for i in range(3)]
-    return jnp.stack(rows)
+    """A matrix (rows of numbers) times a vector."""
+    return tuple(_dot(row, a) for row in matrix)
 
 
 def _pick(table, index):
-    """table [C, M] at index [P] as [C, P]; M is small: selections beat a gather."""
-    picked = jnp.broadcast_to(table[:, :1], (table.shape[0], index.shape[0]))
-    for i in range(1, table.shape[1]):
-        picked = jnp.where((index == i)[None], table[:, i, None], picked)
+    """table [M] at index [P]; M is small: selections beat a gather."""
+    picked = jnp.full(index.shape, table[0])
+    for i in range(1, table.shape[0]):
+        picked = jnp.where(index == i, table[i], picked)
     return picked
 
 
@@ -52,7 +64,7 @@ def _roots(a, b, c):
 
 def _none(origin, direction):
     del origin
-    return jnp.full(direction.shape[1], FAR)
+    return jnp.full_like(direction[0], FAR)
 
 
 def _sphere(origin, direction):
@@ -63,9 +75,12 @@ def _sphere(origin, direction):
 
 
 def _cube(origin, direction):
-    inverse = 1.0 / jnp.where(jnp.abs(direction) < 1e-9, 1e-9, direction)
-    low, high = (-CUBE - origin) * inverse, (CUBE - origin) * inverse
-    t, leave = jnp.minimum(low, high).max(0), jnp.maximum(low, high).min(0)
+    inverse = [1.0 / jnp.where(jnp.abs(d) < 1e-9, 1e-9, d) for d in direction]
+    sides = [((-CUBE - o) * i, (CUBE - o) * i) for o, i in zip(origin, inverse, strict=True)]
+    near = [jnp.minimum(*side) for side in sides]
+    far = [jnp.maximum(*side) for side in sides]
+    t = jnp.maximum(jnp.maximum(near[0], near[1]), near[2])
+    leave = jnp.minimum(jnp.minimum(far[0], far[1]), far[2])
     return jnp.where((t < leave) & (t > 0.0), t, FAR)
 
 
@@ -108,7 +123,7 @@ def _torus(origin, direction):
     """Sphere tracing of the exact distance, from where the ray enters the bounding sphere."""
     ring, tube = TORUS
     length = jnp.sqrt(_dot(direction, direction))
-    unit = direction / length[None]
+    unit = _mul(direction, 1.0 / length)
     near, far, real = _roots(1.0, _dot(origin, unit), _dot(origin, origin) - 1.02)
 
     def distance(t):
@@ -124,14 +139,15 @@ def _torus(origin, direction):
 
 
 def _cube_normal(p):
-    size = jnp.abs(p)
-    return jnp.sign(p) * (size >= size.max(0, keepdims=True))
+    size = [jnp.abs(c) for c in p]
+    most = jnp.maximum(jnp.maximum(size[0], size[1]), size[2])
+    return tuple(jnp.sign(c) * (s >= most) for c, s in zip(p, size, strict=True))
 
 
 def _capped(p, side, cap):
     """The side's normal, or straight up or down where the height says `cap`."""
-    up = jnp.stack([jnp.zeros_like(p[1]), jnp.sign(p[1]), jnp.zeros_like(p[1])])
-    return jnp.where(cap[None], up, jnp.stack(side))
+    zero = jnp.zeros_like(p[1])
+    return _where(cap, (zero, jnp.sign(p[1]), zero), side)
 
 
 def _cylinder_normal(p):
@@ -143,8 +159,8 @@ def _cone_normal(p):
 
 
 def _torus_normal(p):
-    flat = jnp.stack([p[0], jnp.zeros_like(p[1]), p[2]])
-    return p - TORUS[0] * _unit(flat)
+    ring = _unit((p[0], jnp.zeros_like(p[1]), p[2]))
+    return _add(p, _mul(ring, -TORUS[0]))
 
 
 SHAPES = (_none, _sphere, _cube, _cylinder, _cone, _torus)
@@ -160,19 +176,25 @@ def _frame(scene, i):
     return ((cos, zero, -sin), (zero, one, zero), (sin, zero, cos))
 
 
+def _local(scene, i, origin):
+    """A point of the world, relative to object i, in its frame and units."""
+    moved = tuple(o - scene["position"][i, axis] for axis, o in enumerate(origin))
+    return _mul(_turn(_frame(scene, i), moved), 1.0 / scene["radius"][i])
+
+
 def _nearest(scene, origin, direction):
     """The nearest object along each ray: t (`FAR` for none) and its index from 0."""
 
     def body(i, best):
-        turn, radius = _frame(scene, i), scene["radius"][i]
-        local_direction = _turn(turn, direction) / radius
-        local_origin = _turn(turn, origin - scene["position"][i][:, None]) / radius
-        local_origin = jnp.broadcast_to(local_origin, direction.shape)
+        local_direction = _mul(_turn(_frame(scene, i), direction), 1.0 / scene["radius"][i])
+        local_origin = tuple(
+            jnp.broadcast_to(o, direction[0].shape) for o in _local(scene, i, origin)
+        )
         t = lax.switch(scene["shape"][i], SHAPES, local_origin, local_direction)
         closer = t < best[0]
         return jnp.where(closer, t, best[0]), jnp.where(closer, i, best[1])
 
-    rays = direction.shape[1]
+    rays = direction[0].shape
     start = (jnp.full(rays, FAR), jnp.zeros(rays, jnp.int32))
     return lax.fori_loop(0, scene["count"], body, start)
 
@@ -181,74 +203,73 @@ def _normals(scene, point, index):
     """Unit normals where the surface of object `index` is hit."""
 
     def body(i, normal):
-        turn = _frame(scene, i)
-        local = _turn(turn, point - scene["position"][i][:, None]) / scene["radius"][i]
-        local = lax.switch(scene["shape"][i], NORMALS, local)
-        back = tuple(zip(*turn, strict=True))
-        return jnp.where((index == i)[None], _turn(back, local), normal)
+        local = lax.switch(scene["shape"][i], NORMALS, _local(scene, i, point))
+        back = tuple(zip(*_frame(scene, i), strict=True))
+        return _where(index == i, _turn(back, local), normal)
 
-    return _unit(lax.fori_loop(0, scene["count"], body, jnp.zeros_like(point)))
+    start = tuple(jnp.zeros_like(c) for c in point)
+    return _unit(lax.fori_loop(0, scene["count"], body, start))
 
 
 def _rays(scene, size: int, samples: int):
-    """Camera rays, unit directions [3, P S^2], samples of a pixel next to each other."""
-    step = 1.0 / (size * samples)
-    at = (jnp.arange(size * samples) + 0.5) * step * 2.0 - 1.0
+    """Camera rays as unit vectors, S^2 samples for each pixel, the sample's axis first."""
+    at = (jnp.arange(size * samples) + 0.5) / (size * samples) * 2.0 - 1.0
     y, x = jnp.meshgrid(-at, at, indexing="ij")
-    x, y = (
-        v.reshape(size, samples, size, samples).transpose(0, 2, 1, 3).reshape(-1) for v in (x, y)
-    )
+
+    def order(v):
+        return v.reshape(size, samples, size, samples).transpose(1, 3, 0, 2).reshape(-1)
+
     pitch, yaw = scene["pitch"], scene["turn"]
-    forward = jnp.stack(
-        [jnp.sin(yaw) * jnp.cos(pitch), -jnp.sin(pitch), jnp.cos(yaw) * jnp.cos(pitch)]
-    )
-    right = jnp.stack([jnp.cos(yaw), jnp.zeros(()), -jnp.sin(yaw)])
-    up = jnp.cross(forward, right)
-    lens = scene["lens"]
-    return _unit(forward[:, None] + lens * (x[None] * right[:, None] + y[None] * up[:, None]))
+    forward = (jnp.sin(yaw) * jnp.cos(pitch), -jnp.sin(pitch), jnp.cos(yaw) * jnp.cos(pitch))
+    right = (jnp.cos(yaw), 0.0, -jnp.sin(yaw))
+    up = (forward[1] * right[2], forward[2] * right[0] - forward[0] * right[2],
+          -forward[1] * right[0])  # fmt: skip
+    sideways = _mul(right, scene["lens"] * order(x))
+    return _unit(_add(_add(forward, sideways), _mul(up, scene["lens"] * order(y))))
 
 
 def _render(scene, size: int, samples: int):
-    origin = scene["camera"][:, None]
+    camera = tuple(scene["camera"])
     direction = _rays(scene, size, samples)
-    t_object, index = _nearest(scene, origin, direction)
+    t_object, index = _nearest(scene, camera, direction)
     falling = direction[1] < -1e-6
-    t_floor = jnp.where(falling, -origin[1] / jnp.where(falling, direction[1], -1.0), FAR)
+    t_floor = jnp.where(falling, -camera[1] / jnp.where(falling, direction[1], -1.0), FAR)
     on_object = t_object < t_floor
     t = jnp.minimum(t_object, t_floor)
     sky = t > 60.0
-    point = origin + jnp.minimum(t, 60.0)[None] * direction
-    up = jnp.array([[0.0], [1.0], [0.0]])
-    normal = jnp.where(on_object[None], _normals(scene, point, index), up)
+    point = _add(camera, _mul(direction, jnp.minimum(t, 60.0)))
+    normal = _where(on_object, _normals(scene, point, index), (0.0, 1.0, 0.0))
 
     # every sample of a pixel sees the light from a slightly different place: soft shadows
-    around = 2.4 * jnp.arange(samples**2)
-    spread = 0.10 * jnp.stack([jnp.cos(around), jnp.zeros_like(around), jnp.sin(around)])
-    light = _unit(scene["light"][:, None] + jnp.tile(spread, (1, size * size)))
-    shadow_t, _ = _nearest(scene, point + 2e-2 * normal, light)
+    around = jnp.repeat(2.4 * jnp.arange(samples**2), size * size)
+    spread = (0.1 * jnp.cos(around), 0.0, 0.1 * jnp.sin(around))
+    light = _unit(_add(tuple(scene["light"]), spread))
+    shadow_t, _ = _nearest(scene, _add(point, _mul(normal, 2e-2)), light)
     lit = (shadow_t >= FAR) | sky
 
     facing = jnp.clip(_dot(normal, light), 0.0, 1.0) * lit
-    shine = jnp.clip(_dot(normal, _unit(light - direction)), 0.0, 1.0) ** 40 * lit
+    half = _unit(_add(light, _mul(direction, -1.0)))
+    shine = jnp.clip(_dot(normal, half), 0.0, 1.0) ** 40 * lit
     tile = jnp.floor(point[0] * 0.5) + jnp.floor(point[2] * 0.5)
     checker = 1.0 - scene["checker"] * (tile % 2.0)
-    floor = scene["floor"][:, None] * checker[None]
-    colour = jnp.where(on_object[None], _pick(scene["colour"].T, index), floor)
-    gloss = jnp.where(on_object, _pick(scene["gloss"][None], index)[0], 0.0)
-    ambient = 0.42 + 0.14 * normal[1]
-    shaded = colour * (ambient + 0.62 * facing)[None] + (gloss * 0.75 * shine)[None]
-    sky_colour = scene["sky"][:, None]
-    horizon = 0.55 * sky_colour + 0.42
-    height = jnp.clip(direction[1] * 2.0 + 0.15, 0.0, 1.0)[None]
-    haze = jnp.clip((t - 9.0) / 30.0, 0.0, 1.0)[None] * (~on_object)[None]
-    shaded = shaded * (1.0 - haze) + horizon * haze
-    shaded = jnp.where(sky[None], sky_colour * height + horizon * (1.0 - height), shaded)
-    image = shaded.reshape(3, size, size, samples**2).mean(3).transpose(1, 2, 0)
+    gloss = jnp.where(on_object, 0.75 * _pick(scene["gloss"], index), 0.0) * shine
+    bright = 0.42 + 0.14 * normal[1] + 0.62 * facing
+    haze = jnp.where(on_object, 0.0, jnp.clip((t - 9.0) / 30.0, 0.0, 1.0))
+    height = jnp.clip(direction[1] * 2.0 + 0.15, 0.0, 1.0)
 
+    def channel(c: int):
+        own = _pick(scene["colour"][:, c], index)
+        colour = jnp.where(on_object, own, scene["floor"][c] * checker)
+        horizon = 0.55 * scene["sky"][c] + 0.42
+        shaded = (colour * bright + gloss) * (1.0 - haze) + horizon * haze
+        value = jnp.where(sky, scene["sky"][c] * height + horizon * (1.0 - height), shaded)
+        return value.reshape(samples**2, size, size).mean(0)
+
+    image = jnp.stack([channel(c) for c in range(3)], -1)
     # depth and id come from one sample: an average over an edge is the depth of nothing
-    pick = samples**2 // 2
-    depth = jnp.where(sky, jnp.inf, t).reshape(size, size, -1)[..., pick]
-    ids = jnp.where(on_object & ~sky, index + 1, 0).reshape(size, size, -1)[..., pick]
+    one = slice(-size * size, None)
+    depth = jnp.where(sky, jnp.inf, t)[one].reshape(size, size)
+    ids = jnp.where(on_object & ~sky, index + 1, 0)[one].reshape(size, size)
     return {
         "image": jnp.round(jnp.clip(image, 0.0, 1.0) * 255.0).astype(jnp.uint8),
         "depth": depth,

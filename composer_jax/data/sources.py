@@ -71,7 +71,9 @@ class Folder(Source):
         self.name, self.size, self.folder = f"folder:{folder}", size, folder
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not self.paths:
-            raise ValueError(f"source folder {folder} holds no image ({', '.join(sorted(SUFFIXES))})")
+            raise ValueError(
+                f"source folder {folder} holds no image ({', '.join(sorted(SUFFIXES))})"
+            )
         self._captions = _metadata(folder)
         self.skipped: dict[Path, str] = {}
         known = {p.relative_to(folder).as_posix() for p in self.paths}

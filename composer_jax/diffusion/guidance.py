@@ -155,8 +155,8 @@ def build_plan(
     it weights always are [S, K, h, w], so that a region more or less never recompiles.
 
     Rows: c's (row 0 where no uses share the picture), u's (row 1), then the scales'; equal rows are
-    one; K is padded to one of BUCKETS with absent rows of weight 0. Raises ValueError for an unknown
-    condition, a value out of range, or more rows than the largest bucket.
+    one; K is padded to one of BUCKETS with absent rows of weight 0. Raises ValueError for an
+    unknown condition, a value out of range, or more rows than the largest bucket.
     """
     uses = {name: as_uses(value) for name, value in uses.items()}
     for name in uses:

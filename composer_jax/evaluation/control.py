@@ -43,9 +43,7 @@ def extract_all(
     pipe: Pipeline, images: np.ndarray, given: Mapping[str, Any], names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Stored values of each example: a dict by condition for each of images [B, H, W, 3]."""
-    batched = {
-        name: conditions.get(name).extract(images, given, pipe.tool(name)) for name in names
-    }
+    batched = {name: conditions.get(name).extract(images, given, pipe.tool(name)) for name in names}
     return [
         {
             name: jax.tree.map(lambda a, i=i: a[i], stored, is_leaf=lambda a: isinstance(a, list))

@@ -88,7 +88,8 @@ class Report:
             parts.append(f'<text x="4" y="{at + 4:.0f}" font-size="12">{value:.3f}</text>')
             step = left + share * (width - left - 10)
             parts.append(
-                f'<text x="{step - 12:.0f}" y="{height - 8}" font-size="12">{share * x_end:.0f}</text>'
+                f'<text x="{step - 12:.0f}" y="{height - 8}" font-size="12">'
+                f"{share * x_end:.0f}</text>"
             )
         self._parts.append(
             f'<figure><svg viewBox="0 0 {width} {height}" width="{width}">{"".join(parts)}</svg>'

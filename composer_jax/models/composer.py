@@ -152,7 +152,9 @@ class Composer(nnx.Module):
         self.tokens = nnx.Dict(tokens)
         self.absent = nnx.Dict(
             {
-                name: nnx.Dict({part: Constant(jnp.asarray(array)) for part, array in value.items()})
+                name: nnx.Dict(
+                    {part: Constant(jnp.asarray(array)) for part, array in value.items()}
+                )
                 for name, value in (absent or {}).items()
             }
         )

@@ -89,7 +89,7 @@ PRESETS = {
 
 
 def timestep_embedding(timesteps: Float[Array, " b"], width: int) -> Float[Array, "b e"]:
-    """Sinusoids of timesteps (0 to 1000), cosines first (arXiv 2006.11239; SD's flip_sin_to_cos)."""
+    """Sinusoids of timesteps (0 to 1000), cosines first (arXiv 2006.11239, as SD has them)."""
     half = width // 2
     frequency = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = timesteps.astype(jnp.float32)[:, None] * frequency[None]
@@ -226,7 +226,8 @@ class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
         options = {"dtype": dtype, "rngs": rngs}
-        widths, last, fold = config.block_out_channels, len(config.block_out_channels) - 1, config.patch**2
+        widths, fold = config.block_out_channels, config.patch**2
+        last = len(widths) - 1
         heads = [h if on else None for h, on in zip(config.heads, config.attention, strict=True)]
         self.conv_in = conv3(config.in_channels * fold, widths[0], **options)
         self.time_embedding = TimestepEmbedding(widths[0], config.time_embed_dim, **options)

@@ -1,4 +1,4 @@
-"""AutoencoderKL (arXiv 2112.10752, section 3.1), laid out so that Stable Diffusion's weights load."""
+"""AutoencoderKL (arXiv 2112.10752, section 3.1), laid out like Stable Diffusion's in diffusers."""
 
 from __future__ import annotations
 
@@ -295,9 +295,7 @@ def standardised(config: VAEConfig, moments: np.ndarray) -> VAEConfig:
     """`config` with the mean and standard deviation by channel of moments [N, h, w, 2 c]."""
     z = moments[..., : config.latent_channels].astype(np.float64)
     mean, std = z.mean((0, 1, 2)), z.std((0, 1, 2))
-    return replace(
-        config, latent_mean=tuple(map(float, mean)), latent_std=tuple(map(float, std))
-    )
+    return replace(config, latent_mean=tuple(map(float, mean)), latent_std=tuple(map(float, std)))
 
 
 def codec_loss(

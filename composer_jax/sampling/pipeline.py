@@ -38,7 +38,8 @@ class Pipeline:
         graph, state = nnx.split((model.composer, model.vae))
         self._state = state
         self._program = jax.jit(
-            partial(_program, graph, self.process), static_argnames=("side", "solver", "steps", "noisy")
+            partial(_program, graph, self.process),
+            static_argnames=("side", "solver", "steps", "noisy"),
         )
 
     @classmethod
@@ -180,14 +181,26 @@ class Pipeline:
 
 
 def _program(
-    graph, process: Process, state, values, strength, weight, keys, eta, *, side, solver, steps, noisy
+    graph,
+    process: Process,
+    state,
+    values,
+    strength,
+    weight,
+    keys,
+    eta,
+    *,
+    side,
+    solver,
+    steps,
+    noisy,
 ):
     """Encodes conditions once, solves, decodes. Compiled for K, B, solver and steps."""
     composer, vae = nnx.merge(graph, state)
     rows, batch = strength.shape[1], keys.shape[0]
     encoded, absent = composer.encode(values), composer.encode_absent()
     shape = (side, side, composer.config.latent_channels)
-    x_T = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)  # noqa: N806
+    x_T = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
     def evaluate(x, t, index):
         x_rows = jnp.tile(x, (rows, 1, 1, 1))

@@ -129,7 +129,7 @@ def _write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-class _replacing:  # noqa: N801 - reads as a verb
+class _replacing:
     """Gives a new empty folder that takes the old one's place when all went well."""
 
     def __init__(self, folder: Path):

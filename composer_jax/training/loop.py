@@ -118,7 +118,7 @@ def train(
     return state
 
 
-class Interrupted(Exception):  # noqa: N818 - nothing failed
+class Interrupted(Exception):
     """Training was asked to stop; the checkpoint of `step` is on disk."""
 
     def __init__(self, step: int, signal_number: int):

@@ -213,9 +213,7 @@ def composer_loss(
     return jnp.mean(process.loss_weight(t) * error), {"mse": jnp.mean(error)}
 
 
-def draw_presence(
-    key: jax.Array, keep: jax.Array, drop_all: float, keep_all: float
-) -> jax.Array:
+def draw_presence(key: jax.Array, keep: jax.Array, drop_all: float, keep_all: float) -> jax.Array:
     """Which conditions one example is given, float32 [n] of 0 and 1 (arXiv 2302.09778, 2.2).
 
     With probability `drop_all` none, with `keep_all` all, else each by its own `keep` [n].

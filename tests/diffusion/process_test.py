@@ -50,6 +50,7 @@ def test_stable_diffusions_schedule():
     np.testing.assert_allclose(sigma, np.sqrt(1 - alphas_cumprod), rtol=5e-6)
     np.testing.assert_allclose(process.timestep((steps + 1) / 1000), steps, atol=1e-4)
     assert alpha.dtype == sigma.dtype == jnp.float32
+    assert process.timestep(0.0) == 0.0 == Process().timestep(0.0)  # no step before the first
 
 
 def test_zero_terminal_snr():
