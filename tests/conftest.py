@@ -1,10 +1,30 @@
-"""Settings every test runs under: no silent broadcasting, no key used twice."""
+"""Settings every test runs under (no silent broadcasting, no key used twice) and one tiny run."""
 
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A composer of all eight conditions, trained for four steps: its workdir."""
+    from composer_jax.commands.train import train
+    from composer_jax.training.config import load_config
+
+    workdir = tmp_path_factory.mktemp("run")
+    train(load_config("scenes64:smoke"), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def pipe(run):
+    """The sampler of that run; tests share its compiled programs."""
+    from composer_jax.sampling.pipeline import Pipeline
+
+    return Pipeline.load(run)

@@ -119,8 +119,8 @@ def curve(report: Report, workdir: Path, resumed_at: int) -> None:
     report.heading("Training")
     rate = np.median([row["images_per_second"] for row in rows])
     report.text(
-        f"{rows[-1]['step']} steps at {rate:.0f} images/s. At step {resumed_at} the run was stopped "
-        "by SIGTERM, saved its state and was started again."
+        f"{rows[-1]['step']} steps at {rate:.0f} images/s. At step {resumed_at} the run was "
+        "stopped by SIGTERM, saved its state and was started again."
     )
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     name = "Loss by step; the dashed line is where the run was resumed."

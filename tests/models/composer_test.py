@@ -1,0 +1,148 @@
+"""Presence: absent is not zero, absent costs nothing, growing changes nothing."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from composer_jax.models.composer import Composer, ComposerConfig, grow
+from composer_jax.models.unet import PRESETS
+
+NAMES = ("caption", "palette", "semantics", "sketch", "mask")
+SIZES = {"text_length": 6, "text_width": 128, "embed_width": 12}
+BATCH = 2
+
+
+def perturbed(module, seed):
+    """All parameters moved at random, so that no zero of the initialisation hides anything."""
+    state = nnx.state(module, nnx.Param)
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    nnx.update(module, jax.tree.unflatten(tree, moved))
+    return module
+
+
+def absent(config, seed=9):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    parts = config.parts("caption").items()
+    drawn = {n: jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, parts, strict=True)}
+    return {"caption": drawn}
+
+
+def values(config, seed):
+    made = {}
+    for i, name in enumerate(config.conditions):
+        made[name] = {}
+        for j, (part_name, part) in enumerate(config.parts(name).items()):
+            shape = (16, 16, *part.shape) if part.kind == "spatial" else part.shape
+            key = jax.random.fold_in(jax.random.key(seed), 10 * i + j)
+            made[name][part_name] = jax.random.uniform(key, (BATCH, *shape))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    unet = replace(PRESETS["tiny"], patch=1, in_channels=4 + 8)
+    config = ComposerConfig(
+        unet, NAMES, SIZES, factor=4, local_channels=8, stem_width=8, context_length=24
+    )
+    return perturbed(Composer(config, absent(config), rngs=nnx.Rngs(0)), 1)
+
+
+def evaluate(model, given, strength):
+    x_t = jax.random.normal(jax.random.key(3), (BATCH, 4, 4, 4))
+    strength = jnp.broadcast_to(jnp.asarray(strength, jnp.float32)[None], (BATCH, len(strength)))
+    timesteps = jnp.array([100.0, 700.0])
+    return model(x_t, timesteps, model.encode(given), model.encode_absent(), strength)
+
+
+@pytest.mark.parametrize("gone", range(len(NAMES)))
+def test_gradient_of_an_absent_condition_is_exactly_zero(model, gone):
+    given = values(model.config, 5)
+    strength = [1.0] * len(NAMES)
+    loss = lambda v, s: jnp.sum(evaluate(model, {**given, NAMES[gone]: v}, s) ** 2)  # noqa: E731
+    present = jax.grad(loss)(given[NAMES[gone]], strength)
+    assert all(np.any(leaf != 0.0) for leaf in jax.tree.leaves(present))
+    strength[gone] = 0.0
+    nothing = jax.grad(loss)(given[NAMES[gone]], strength)
+    assert all(np.all(leaf == 0.0) for leaf in jax.tree.leaves(nothing))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "caption"])
+def test_blank_differs_from_absent(model, name):
+    given = values(model.config, 6)
+    given[name] = jax.tree.map(jnp.zeros_like, given[name])
+    strength = [1.0] * len(NAMES)
+    blank = evaluate(model, given, strength)
+    strength[NAMES.index(name)] = 0.0
+    assert np.max(np.abs(blank - evaluate(model, given, strength))) > 1e-3
+
+
+def test_absent_caption_is_the_encoded_empty_caption(model):
+    given = values(model.config, 7)
+    empty = jax.tree.map(lambda a: jnp.stack([a] * BATCH), absent(model.config)["caption"])
+    strength = [1.0] * len(NAMES)
+    wanted = evaluate(model, {**given, "caption": empty}, strength)
+    strength[0] = 0.0
+    np.testing.assert_allclose(evaluate(model, given, strength), wanted, rtol=2e-4, atol=1e-4)
+
+
+def test_strength_moves_from_absent_to_given(model):
+    given = values(model.config, 8)
+    for i, name in enumerate(NAMES):
+        at = lambda s, i=i: evaluate(model, given, [s if j == i else 1.0 for j in range(5)])  # noqa: E731
+        full, half, tiny, none = at(1.0), at(0.5), at(1e-6), at(0.0)
+        np.testing.assert_allclose(tiny, none, atol=2e-3, err_msg=name)
+        assert np.max(np.abs(half - none)) > 1e-4 and np.max(np.abs(half - full)) > 1e-4, name
+
+
+def test_growing_keeps_every_older_subset_bit_for_bit(model):
+    grown = grow(model, "depth", rngs=nnx.Rngs(4))
+    grown = grow(grown, "intensity", rngs=nnx.Rngs(5))
+    given = values(grown.config, 5)
+    for subset in range(0, 32, 3):
+        old = [float(subset >> i & 1) for i in range(5)]
+        before = evaluate(model, {n: given[n] for n in NAMES}, old)
+        np.testing.assert_array_equal(before, evaluate(grown, given, [*old, 0.0, 0.0]))
+        np.testing.assert_array_equal(before, evaluate(grown, given, [*old, 1.0, 1.0]))
+
+
+def test_growing_a_vector_takes_free_slots(model):
+    config = replace(model.config, conditions=("caption", "sketch"), context_length=10)
+    small = Composer(config, absent(config), rngs=nnx.Rngs(0))
+    grown = grow(small, "palette", rngs=nnx.Rngs(1))
+    given = values(grown.config, 5)
+    before = evaluate(small, {n: given[n] for n in config.conditions}, [1.0, 1.0])
+    np.testing.assert_array_equal(before, evaluate(grown, given, [1.0, 1.0, 0.0]))
+    with pytest.raises(ValueError, match="context_length is 10; 14 tokens"):
+        grow(grown, "semantics", rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="already has"):
+        grow(grown, "palette", rngs=nnx.Rngs(1))
+
+
+def test_without_any_caption_nothing_is_not_a_number(model):
+    config = replace(model.config, conditions=("palette", "sketch"))
+    bare = perturbed(Composer(config, rngs=nnx.Rngs(0)), 2)
+    output = evaluate(bare, values(config, 5), [0.0, 0.0])
+    assert np.all(np.isfinite(output))
+    other = evaluate(bare, values(config, 6), [0.0, 0.0])
+    np.testing.assert_array_equal(output, other)
+
+
+def test_missing_value_and_missing_size_are_named(model):
+    given = values(model.config, 5)
+    with pytest.raises(ValueError, match="values lack sketch"):
+        model.encode({n: given[n] for n in NAMES if n != "sketch"})
+    config = replace(model.config, sizes={})
+    with pytest.raises(ValueError, match="caption needs the size 'text_length'"):
+        config.parts("caption")
+
+
+def test_config_survives_json(model):
+    assert ComposerConfig.from_dict(model.config.to_dict()) == model.config
+    with pytest.raises(ValueError, match="no key 'colour'"):
+        ComposerConfig.from_dict({**model.config.to_dict(), "colour": 1})
