@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import re
 import sys
+from pathlib import Path
 
 COMMANDS = {
     "quickstart": "the whole way in minutes, on CPU, ending in a report",
@@ -33,6 +35,9 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    # jax reads this when it is imported: what was compiled once is not compiled again
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "composer-jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     parser = Parser(prog="composer", description="Composable latent diffusion in JAX.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

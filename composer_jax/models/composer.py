@@ -38,7 +38,7 @@ class ComposerConfig:
 
     unet: UNetConfig
     conditions: tuple[str, ...]
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
     latent_channels: int = 4
     factor: int = 8
     local_channels: int = 16

@@ -39,5 +39,5 @@ def train_step(
     step = state.step.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
     ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
-    metrics = {"loss": value, **metrics, "grad_norm": optax.global_norm(gradient)}
+    metrics = {"loss": value, **metrics, "grad_norm": optax.tree.norm(gradient)}
     return TrainState(params, ema, opt_state, state.step + 1), metrics

@@ -1,6 +1,7 @@
 """Presence: absent is not zero, absent costs nothing, growing changes nothing."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,16 +47,31 @@ def values(config, seed):
 
 @pytest.fixture(scope="module")
 def model():
-    unet = replace(PRESETS["tiny"], patch=1, in_channels=4 + 8)
+    unet = replace(PRESETS["tiny"], patch=1, in_channels=4 + 8, block_out_channels=(16,))
+    unet = replace(unet, attention=(True,), heads=(2,))
     config = ComposerConfig(
         unet, NAMES, SIZES, factor=4, local_channels=8, stem_width=8, context_length=24
     )
-    return perturbed(Composer(config, absent(config), rngs=nnx.Rngs(0)), 1)
+    return perturbed(created(config), 1)
+
+
+def created(config, seed=0):
+    """A composer, initialised in one compiled program."""
+    with_absent = absent(config) if "caption" in config.conditions else None
+    build = nnx.jit(lambda: Composer(config, with_absent, rngs=nnx.Rngs(seed)))
+    return build()
 
 
 def evaluate(model, given, strength):
+    graph, state = nnx.split(model)
+    return compiled(graph, state, given, jnp.asarray(strength, jnp.float32))
+
+
+@partial(jax.jit, static_argnums=0)
+def compiled(graph, state, given, strength):
+    model = nnx.merge(graph, state)
     x_t = jax.random.normal(jax.random.key(3), (BATCH, 4, 4, 4))
-    strength = jnp.broadcast_to(jnp.asarray(strength, jnp.float32)[None], (BATCH, len(strength)))
+    strength = jnp.broadcast_to(strength[None], (BATCH, *strength.shape))
     timesteps = jnp.array([100.0, 700.0])
     return model(x_t, timesteps, model.encode(given), model.encode_absent(), strength)
 
@@ -64,11 +80,11 @@ def evaluate(model, given, strength):
 def test_gradient_of_an_absent_condition_is_exactly_zero(model, gone):
     given = values(model.config, 5)
     strength = [1.0] * len(NAMES)
-    loss = lambda v, s: jnp.sum(evaluate(model, {**given, NAMES[gone]: v}, s) ** 2)  # noqa: E731
-    present = jax.grad(loss)(given[NAMES[gone]], strength)
+    loss = lambda values, s: jnp.sum(evaluate(model, values, s) ** 2)  # noqa: E731
+    present = jax.grad(loss)(given, strength)[NAMES[gone]]
     assert all(np.any(leaf != 0.0) for leaf in jax.tree.leaves(present))
     strength[gone] = 0.0
-    nothing = jax.grad(loss)(given[NAMES[gone]], strength)
+    nothing = jax.grad(loss)(given, strength)[NAMES[gone]]
     assert all(np.all(leaf == 0.0) for leaf in jax.tree.leaves(nothing))
 
 
@@ -113,7 +129,7 @@ def test_growing_keeps_every_older_subset_bit_for_bit(model):
 
 def test_growing_a_vector_takes_free_slots(model):
     config = replace(model.config, conditions=("caption", "sketch"), context_length=10)
-    small = Composer(config, absent(config), rngs=nnx.Rngs(0))
+    small = created(config)
     grown = grow(small, "palette", rngs=nnx.Rngs(1))
     given = values(grown.config, 5)
     before = evaluate(small, {n: given[n] for n in config.conditions}, [1.0, 1.0])
@@ -126,7 +142,7 @@ def test_growing_a_vector_takes_free_slots(model):
 
 def test_without_any_caption_nothing_is_not_a_number(model):
     config = replace(model.config, conditions=("palette", "sketch"))
-    bare = perturbed(Composer(config, rngs=nnx.Rngs(0)), 2)
+    bare = perturbed(created(config), 2)
     output = evaluate(bare, values(config, 5), [0.0, 0.0])
     assert np.all(np.isfinite(output))
     other = evaluate(bare, values(config, 6), [0.0, 0.0])

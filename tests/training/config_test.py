@@ -1,0 +1,52 @@
+"""Configs: found by name and path, overridden with care, kept with the run."""
+
+import pytest
+
+from composer_jax.training.config import keep_config, load_config
+
+
+def test_overrides_take_the_type_that_is_there():
+    config = load_config(
+        "scenes64:quick",
+        ["steps=7", "optimizer.learning_rate=1", "source=folder:x", "conditions=palette,depth"],
+    )
+    assert config.steps == 7 and config.optimizer.learning_rate == 1.0
+    assert config.source == "folder:x" and config.conditions == ("palette", "depth")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("scene64", [], "did you mean 'scenes64'"),
+        ("scenes64:fast", [], "no variant 'fast'"),
+        ("missing.py", [], "missing.py does not exist"),
+        ("scenes64", ["stepz=3"], "did you mean 'steps'"),
+        ("scenes64", ["steps=many"], "is of type int"),
+        ("scenes64", ["steps=1.5"], "is of type int"),
+        ("scenes64", ["optimizer=3"], "is a group"),
+        ("scenes64", ["optimizer.rate=3"], "no key 'optimizer.rate'"),
+        ("scenes64", ["steps"], "wants a value"),
+    ],
+)
+def test_wrong_configs_end_in_one_line(name, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(name, overrides)
+
+
+def test_a_config_file_by_path(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from composer_jax.configs import scenes64\n"
+        "def get_config(variant=''):\n"
+        "    config = scenes64.get_config('smoke')\n"
+        "    config.seed = 5 if variant == 'five' else 4\n"
+        "    return config\n"
+    )
+    assert load_config(f"{path}:five").seed == 5
+
+
+def test_a_run_that_goes_on_has_the_same_config(tmp_path):
+    keep_config(load_config("scenes64:smoke"), tmp_path)
+    keep_config(load_config("scenes64:smoke", ["steps=9"]), tmp_path)
+    with pytest.raises(ValueError, match="model.stem_width = 48, the config says 32"):
+        keep_config(load_config("scenes64:smoke", ["model.stem_width=32"]), tmp_path)
