@@ -36,9 +36,7 @@ def settings(steps, mesh=None, **changes):
     defaults = {"batch": 16, "seed": 0, "ema": 0.9, "log_every": 2, "save_every": 4}
     mesh = mesh or {"data": 8, "fsdp": 1, "tensor": 1}
     rules = (("kernel", "fsdp"),)
-    return Settings(
-        steps=steps, hook_every=0, mesh=mesh, sharding=rules, **defaults | changes
-    )
+    return Settings(steps=steps, hook_every=0, mesh=mesh, sharding=rules, **defaults | changes)
 
 
 def fit(workdir, run_settings, batch=batch):

@@ -1,0 +1,161 @@
+"""The command line as a person meets it: what works, and what a mistake looks like."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import composer_jax as cj
+from composer_jax import conditions
+from composer_jax.cli import main
+
+
+@pytest.fixture
+def photo(tmp_path):
+    import skimage.data
+
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(skimage.data.astronaut()).resize((96, 80)).save(path)
+    return path
+
+
+def fails(capsys, *words) -> str:
+    assert main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "composer_jax", "--help"], check=True, capture_output=True
+    )
+    assert time.perf_counter() - start < 10  # far above the second it takes: machines differ
+
+
+def test_decompose_writes_arrays_pictures_and_a_sheet(photo, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["decompose", str(photo), "--out", str(out)]) == 0
+    assert "without depth" in capsys.readouterr().out
+    written = {path.name for path in (out / "photo").iterdir()}
+    found = ("intensity", "mask", "palette", "semantics", "sketch")
+    assert written == {f"{name}.{kind}" for name in found for kind in ("npy", "png")}
+    palette = np.load(out / "photo" / "palette.npy", allow_pickle=False)
+    np.testing.assert_array_equal(palette, cj.decompose(photo, only=["palette"])["palette"])
+    assert np.load(out / "photo" / "mask.npy", allow_pickle=False)["keep"].shape == (80, 96)
+    assert (out / "contact_sheet.png").is_file()
+
+
+def test_caption_comes_from_the_text_beside(photo, tmp_path):
+    photo.with_suffix(".txt").write_text("an astronaut")
+    out = tmp_path / "out"
+    assert main(["decompose", str(photo), "--out", str(out), "--only", "caption"]) == 0
+    assert np.load(out / "photo" / "caption.npy", allow_pickle=False)["text"] == "an astronaut"
+
+
+def test_sample_from_an_image_and_from_words(run, photo, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["sample", "--model", run, "--from", photo, "--use", "sketch,palette", "--caption",
+             "a red cone", "--sketch.strength", 0.5, "--sketch.window", "0:0.6", "--palette.negative",
+             "#ffffff", "--count", 2, "--steps", 2, "--out", out]  # fmt: skip
+    assert main([str(word) for word in words]) == 0
+    assert Image.open(out / "0001.png").size == (64, 64) and (out / "grid.png").is_file()
+    assert "given caption, palette, sketch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["smaple"], "invalid choice"),
+        (["sample"], "required: --out"),
+        (["sample", "--out", "OUT", "--skech", "x"], "did you mean --sketch"),
+        (["sample", "--out", "OUT", "--model", "nowhere"], "nowhere does not exist"),
+        (["sample", "--out", "OUT", "--model", "RUN", "--palette", "#zzz"], "#zzz"),
+        (["sample", "--out", "OUT", "--model", "RUN", "--sketch", "no.png"], "no.png"),
+        (["sample", "--out", "OUT", "--model", "RUN", "--count", "0"], "at least 1"),
+        (["sample", "--out", "OUT", "--model", "RUN", "--steps", "0"], "steps is 0"),
+        (["sample", "--out", "OUT", "--sketch.window", "late"], "START:END"),
+        (["sample", "--out", "OUT", "--model", "RUN", "--sketch", "PHOTO", "--sketch.strength", "2"],
+         "strength"),
+        (["sample", "--out", "OUT", "--from", "PHOTO"], "go together"),
+        (["decompose", "no.png", "--out", "OUT"], "no.png"),
+        (["decompose", "TEXT", "--out", "OUT"], "text.png"),
+        (["decompose", "CUT", "--out", "OUT"], "cut.jpg"),
+        (["decompose", "PHOTO", "--out", "OUT", "--only", "pallete"], "did you mean 'palette'"),
+        (["decompose", "PHOTO", "--out", "OUT", "--only", "depth"], "depth"),
+        (["train", "--config", "scenes46", "--workdir", "OUT"], "did you mean 'scenes64'"),
+        (["train", "--config", "scenes64", "--workdir", "OUT", "--config.stepz=1"], "'steps'"),
+        (["train", "--config", "scenes64", "--workdir", "OUT", "--config.steps=x"], "type int"),
+        (["train", "--config", "scenes64:smoke", "--workdir", "OUT", "--config.source=folder:EMPTY"],
+         "holds no image"),
+        (["train", "--config", "scenes64:smoke", "--workdir", "OUT", "--config.task=x"], "allowed"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line_and_write_nothing(words, message, run, photo, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("text")
+    (tmp_path / "cut.jpg").write_bytes(photo.read_bytes()[:900])
+    (tmp_path / "empty").mkdir()
+    names = {"OUT": tmp_path / "out", "RUN": run, "PHOTO": photo, "TEXT": tmp_path / "text.png",
+             "CUT": tmp_path / "cut.jpg", "EMPTY": tmp_path / "empty"}  # fmt: skip
+    for name, path in names.items():
+        words = [word.replace(name, str(path)) for word in words]
+    assert message in fails(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+NINTH = """
+import numpy as np
+from composer_jax.conditions import Condition, Feature, Part, register
+
+class Brightness(Condition):
+    name = "brightness"
+    doc = "mean grey of the image, 0 to 1"
+    parts = {"vector": Part("vector", (1,))}
+    feature = Feature((1,), "float32", "raw")
+
+    def extract(self, images, given=None, tool=None):
+        return (images.mean((1, 2, 3)) / 255.0).astype(np.float32)[:, None]
+
+    def value(self, stored):
+        return {"vector": stored}
+
+    def parse(self, text, tool=None):
+        return np.array([float(text)], np.float32)
+
+    def render(self, stored):
+        return np.full((8, 8, 3), int(255 * stored[0]), np.uint8)
+
+    def measure(self, wanted, image, tool=None):
+        return 1.0 - abs(float(wanted[0]) - image.mean() / 255.0)
+
+register(Brightness())
+"""
+
+
+def test_a_ninth_condition_is_one_file(tmp_path, photo, monkeypatch, capsys):
+    from composer_jax.commands.train import train
+    from composer_jax.evaluation.control import extract_all, measure_control, sample_each
+    from composer_jax.training.config import load_config
+
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "brightness.py").write_text(NINTH)
+    monkeypatch.setattr(conditions, "__path__", [*conditions.__path__, str(tmp_path / "more")])
+    out = tmp_path / "out"
+    assert main(["decompose", str(photo), "--out", str(out)]) == 0
+    assert (out / "photo" / "brightness.npy").is_file()
+    workdir = tmp_path / "run"
+    overrides = ["conditions=brightness,sketch", "steps=1"]
+    train(load_config("scenes64:smoke", overrides), workdir)
+    words = ["sample", "--model", workdir, "--brightness", 0.8, "--steps", 1, "--out", out]
+    assert main([str(word) for word in words]) == 0
+    assert "given brightness" in capsys.readouterr().out
+    pipe = cj.Pipeline.load(workdir)
+    images = cj.open_source("scenes:4", size=64).batch(range(4))["image"]
+    stored = extract_all(pipe, images, {}, pipe.names)
+    samples = sample_each(pipe, stored, ("brightness",), steps=1)
+    found = measure_control(pipe, "brightness", stored, samples, samples, images)
+    assert found.oracle > 0.999 and found.left_out == 0
