@@ -59,9 +59,9 @@ def test_caption_comes_from_the_text_beside(photo, tmp_path):
 
 def test_sample_from_an_image_and_from_words(run, photo, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["sample", "--model", run, "--from", photo, "--use", "sketch,palette", "--caption",
-             "a red cone", "--sketch.strength", 0.5, "--sketch.window", "0:0.6", "--palette.negative",
-             "#ffffff", "--count", 2, "--steps", 2, "--out", out]  # fmt: skip
+    words = ["sample", "--model", run, "--from", photo, "--use", "sketch,palette", "--out", out,
+             "--caption", "a red cone", "--sketch.strength", 0.5, "--sketch.window", "0:0.6",
+             "--palette.negative", "#ffffff", "--count", 2, "--steps", 2]  # fmt: skip
     assert main([str(word) for word in words]) == 0
     assert Image.open(out / "0001.png").size == (64, 64) and (out / "grid.png").is_file()
     assert "given caption, palette, sketch" in capsys.readouterr().out
@@ -79,8 +79,8 @@ def test_sample_from_an_image_and_from_words(run, photo, tmp_path, capsys):
         (["sample", "--out", "OUT", "--model", "RUN", "--count", "0"], "at least 1"),
         (["sample", "--out", "OUT", "--model", "RUN", "--steps", "0"], "steps is 0"),
         (["sample", "--out", "OUT", "--sketch.window", "late"], "START:END"),
-        (["sample", "--out", "OUT", "--model", "RUN", "--sketch", "PHOTO", "--sketch.strength", "2"],
-         "strength"),
+        (["sample", "--out", "OUT", "--model", "RUN", "--sketch", "PHOTO", "--sketch.strength",
+          "2"], "strength"),
         (["sample", "--out", "OUT", "--from", "PHOTO"], "go together"),
         (["decompose", "no.png", "--out", "OUT"], "no.png"),
         (["decompose", "TEXT", "--out", "OUT"], "text.png"),
@@ -90,8 +90,8 @@ def test_sample_from_an_image_and_from_words(run, photo, tmp_path, capsys):
         (["train", "--config", "scenes46", "--workdir", "OUT"], "did you mean 'scenes64'"),
         (["train", "--config", "scenes64", "--workdir", "OUT", "--config.stepz=1"], "'steps'"),
         (["train", "--config", "scenes64", "--workdir", "OUT", "--config.steps=x"], "type int"),
-        (["train", "--config", "scenes64:smoke", "--workdir", "OUT", "--config.source=folder:EMPTY"],
-         "holds no image"),
+        (["train", "--config", "scenes64:smoke", "--workdir", "OUT",
+          "--config.source=folder:EMPTY"], "holds no image"),
         (["train", "--config", "scenes64:smoke", "--workdir", "OUT", "--config.task=x"], "allowed"),
     ],
 )  # fmt: skip

@@ -48,5 +48,5 @@ def test_a_config_file_by_path(tmp_path):
 def test_a_run_that_goes_on_has_the_same_config(tmp_path):
     keep_config(load_config("scenes64:smoke"), tmp_path)
     keep_config(load_config("scenes64:smoke", ["steps=9"]), tmp_path)
-    with pytest.raises(ValueError, match="model.stem_width = 48, the config says 32"):
+    with pytest.raises(ValueError, match=r"model\.stem_width = 48, the config says 32"):
         keep_config(load_config("scenes64:smoke", ["model.stem_width=32"]), tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from composer_jax.training.loop import Interrupted, Settings, train
-from composer_jax.training.sharding import make_mesh, shard_tree
+from composer_jax.training.sharding import AXES, make_mesh, shard_tree
 from composer_jax.training.state import make_optimizer
 
 TRUTH = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
@@ -71,7 +71,7 @@ def test_it_learns_and_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
 def test_meshes_agree_and_parameters_are_split(tmp_path, mesh):
     one = fit(tmp_path / "one", settings(5))
-    other = fit(tmp_path / "other", settings(5, dict(zip(("data", "fsdp", "tensor"), mesh))))
+    other = fit(tmp_path / "other", settings(5, dict(zip(AXES, mesh, strict=True))))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         jax.device_get(one.params),
