@@ -1,10 +1,10 @@
 """The composer of the built-in world: eight conditions, 64 px, rectified flow.
 
-    composer train --config scenes64 --workdir runs/scenes64              30 minutes on 2 cores
-    composer train --config scenes64:quick --workdir runs/quick           2 minutes on 2 cores
+    composer train --config scenes64 --workdir runs/scenes64         30 minutes on 2 cores
+    composer train --config scenes64:quick --workdir runs/quick      2 minutes on 2 cores
 
-Reached with seed 0, at 64 held-out scenes, one sampling seed, 20 steps, guidance 2 (the schedule was
-set to 5,000 steps for the first 3,060 and to 3,600 from there):
+Reached with seed 0, at 64 held-out scenes, one sampling seed, 20 steps, guidance 2 (the
+schedule was set to 5,000 steps for the first 3,060 and to 3,600 from there):
 
     given alone    sample   permuted   floor   oracle
     sketch          .543      .136     .120     .737     shift-corrected F1@1px

@@ -1,0 +1,48 @@
+"""Model directories: whole or refused, in one line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from composer_jax.storage.models import load_model
+from composer_jax.storage.tensors import load_tensors, module_tensors, save_tensors
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run / "model", tmp_path / "copy")
+
+
+def test_a_workdir_and_its_model_are_the_same(run):
+    one, other = load_model(run), load_model(run / "model")
+    a, b = module_tensors(one.composer), module_tensors(other.composer)
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    assert one.info["image_size"] == 64 and len(one.composer.config.conditions) == 8
+
+
+def test_broken_models_are_named(copy, tmp_path):
+    tensors = load_tensors(copy / "unet.safetensors")
+    name = "unet.conv_in.bias"
+    for changed, message in [
+        ({k: v for k, v in tensors.items() if k != name}, rf"lacks the tensor {name}"),
+        (tensors | {name: np.zeros(3, np.float32)}, rf"{name} is \[3\], the model wants \[16\]"),
+        (tensors | {"more": np.zeros(3, np.float32)}, "the model lacks: more"),
+    ]:
+        save_tensors(copy / "unet.safetensors", changed)
+        with pytest.raises(ValueError, match=message):
+            load_model(copy)
+    (copy / "unet.safetensors").write_bytes(b"\x09\x00\x00\x00\x00\x00\x00\x00nonsense!")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(copy)
+    (copy / "unet.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"unet\.safetensors is missing"):
+        load_model(copy)
+    info = json.loads((copy / "model.json").read_text())
+    (copy / "model.json").write_text(json.dumps(info | {"format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        load_model(copy)
+    with pytest.raises(ValueError, match=r"has no model\.json"):
+        load_model(tmp_path)
