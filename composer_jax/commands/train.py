@@ -90,6 +90,7 @@ def train(config: ConfigDict, workdir: Path) -> Task:
 def _grids(task: Task, workdir: Path):
     """A hook that writes `samples/STEP.png`: for the composer, a row for each condition alone."""
     pipelines: list = []
+    count = min(SHOWN, len(task.pool["image"]))
 
     def composer_grid() -> np.ndarray:
         from composer_jax.sampling.pipeline import Pipeline
@@ -100,27 +101,27 @@ def _grids(task: Task, workdir: Path):
         else:
             pipelines.append(Pipeline.load(workdir))
         pipe = pipelines[0]
-        rows = [task.pool["image"][:SHOWN]]
+        rows = [task.pool["image"][:count]]
         for name in (*pipe.names, None):
             if name is not None and not conditions.get(name).cached:
                 continue
             stored = task.pool["stored"]
             shown = [
                 {name: [jax.tree.map(lambda a, i=i: np.array(a[i]), stored[name])]} if name else {}
-                for i in range(SHOWN)
+                for i in range(count)
             ]
             uses = {name: [Use(None)]} if name else {}
-            rows.append(pipe.sample(uses, shown, seeds=[(0, i) for i in range(SHOWN)]))
-        return grid(np.concatenate(rows), SHOWN)
+            rows.append(pipe.sample(uses, shown, seeds=[(0, i) for i in range(count)]))
+        return grid(np.concatenate(rows), count)
 
     def codec_grid() -> np.ndarray:
         from composer_jax.storage.models import find_part, load_codec
 
-        images = np.array(task.pool["image"][:SHOWN])
+        images = np.array(task.pool["image"][:count])
         vae = load_codec(find_part(workdir, "vae"))
         decoded = vae.decode(vae.latents(vae.encode(images.astype(np.float32) / 127.5 - 1.0)))
         decoded = np.round((np.clip(decoded, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
-        return grid(np.concatenate([images, decoded]), SHOWN)
+        return grid(np.concatenate([images, decoded]), count)
 
     def hook(step, state) -> None:
         task.export(state)
