@@ -43,12 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Decompose, train with an interruption, sample, report: writes OUT/report.html."""
     start = time.perf_counter()
+    workdir = args.out / "run"
+    if workdir.exists() and not (workdir / "config.json").is_file():
+        raise ValueError(f"{workdir} is no earlier quickstart; give another --out")
+    shutil.rmtree(workdir, ignore_errors=True)
     report = Report("Composer in JAX: quickstart", "Every number below was computed in this run.")
     print("1/3  photos come apart")
     photos(report)
     print("2/3  a composer trains; it is interrupted half-way and resumed")
-    workdir = args.out / "run"
-    shutil.rmtree(workdir, ignore_errors=True)
     resumed_at = train_with_interruption(args.config, workdir)
     curve(report, workdir, resumed_at)
     print("3/3  held-out scenes come back from their conditions")

@@ -43,14 +43,15 @@ def run(args: argparse.Namespace) -> int:
     """Trains to the config's last step, from the newest checkpoint where there is one."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     config = load_config(args.config, args.overrides)
-    new = not args.workdir.exists()
+    existed = args.workdir.exists()
     try:
         train(config, args.workdir)
     except Interrupted as stopped:
         print(f"{stopped}; the same command goes on from there")
         return 0 if stopped.signal == signal.SIGTERM else 130
     except ValueError:
-        if new:  # nothing half-written where nothing was
+        # nothing half-written where nothing was; once training has begun, all of it stays
+        if not existed and not (args.workdir / "checkpoints").exists():
             shutil.rmtree(args.workdir, ignore_errors=True)
         raise
     print(f"trained {config.steps} steps; the model is in {args.workdir / 'model'}")
