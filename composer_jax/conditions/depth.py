@@ -10,9 +10,10 @@ import numpy as np
 
 from composer_jax.conditions.base import Condition, Feature, Part, register
 from composer_jax.conditions.image import fit_map, load_image
-from composer_jax.conditions.maps import grey, load_map
+from composer_jax.conditions.maps import grey, load_map, run_tool
 
 _NEAR = 65535
+_NETWORK = "the depth network"
 _FLAT = 1e-4  # relative spread under which a map says nothing but "all at one distance"
 _SOURCES = (
     "a depth map given by the source, a depth image by hand, or a depth network passed as tool"
@@ -39,9 +40,7 @@ class Depth(Condition):
             return np.stack([_from_distance(distance) for distance in given["depth"]])
         if tool is None:
             raise ValueError(f"depth needs {_SOURCES}")
-        return np.stack(
-            [_normalise(inverse, "the depth network") for inverse in _run(tool, images)]
-        )
+        return np.stack([_normalise(one, _NETWORK) for one in run_tool(tool, images, _NETWORK)])
 
     def value(self, stored) -> dict[str, jax.Array]:
         """{"map": float32 [h, w, 1] in [0, 1]}."""
@@ -78,7 +77,8 @@ class Depth(Condition):
         if tool is None:
             raise ValueError("measuring depth needs a depth network passed as tool")
         wanted = np.asarray(wanted, np.float64)
-        found = fit_map(np.asarray(_run(tool, image[None])[0], np.float64), wanted.shape, "area")
+        found = np.asarray(run_tool(tool, image[None], _NETWORK)[0], np.float64)
+        found = fit_map(found, wanted.shape, "area")
         return spearman(wanted, found)
 
 
@@ -94,16 +94,6 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
         return float(all(flat))
     ranks = [rankdata(values.ravel()) for values in (a, b)]
     return float(np.clip(np.corrcoef(*ranks)[0, 1], -1.0, 1.0))
-
-
-def _run(tool, images) -> np.ndarray:
-    inverse = np.asarray(tool(images))
-    if inverse.shape[0] != len(images) or inverse.ndim != 3:
-        raise ValueError(
-            f"the depth network gave {list(inverse.shape)} for images {list(np.shape(images))}; "
-            "[B, H, W] is wanted"
-        )
-    return inverse
 
 
 def _from_distance(distance) -> np.ndarray:

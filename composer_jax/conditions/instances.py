@@ -12,7 +12,7 @@ import numpy as np
 
 from composer_jax.conditions.base import Condition, Feature, Part, register
 from composer_jax.conditions.image import fit_map, load_image
-from composer_jax.conditions.maps import MAX_IDS, load_map, renumber
+from composer_jax.conditions.maps import MAX_IDS, load_map, renumber, run_tool
 from composer_jax.conditions.segmenter import OnnxSegmenter
 
 __all__ = ["CLASS_COLOURS", "Instances", "OnnxSegmenter", "class_colours", "mean_iou"]
@@ -71,7 +71,7 @@ class Instances(Condition):
         if maps is None:
             if tool is None:
                 raise ValueError(f"instances needs {_SOURCES}")
-            maps = _run(tool, images)
+            maps = run_tool(tool, images, "the segmenter")
         classes = [None] * len(maps) if classes is None else classes
         results = [_compact(*pair) for pair in zip(maps, classes, strict=True)]
         return {name: np.stack([result[name] for result in results]) for name in self.feature}
@@ -128,7 +128,7 @@ class Instances(Condition):
         if tool is None:
             raise ValueError("measuring instances needs a segmenter passed as tool")
         ids = np.asarray(wanted["ids"])
-        found = _compact(_run(tool, image[None])[0])["ids"]
+        found = _compact(run_tool(tool, image[None], "the segmenter")[0])["ids"]
         return mean_iou(ids, fit_map(found, ids.shape, "nearest"))
 
 
@@ -243,16 +243,6 @@ def _rendered() -> dict[int, tuple[int, int]]:
         for i, (red, green, blue) in enumerate(table[1:].tolist(), start=1):
             colours[red << 16 | green << 8 | blue] = (i, kind)
     return colours
-
-
-def _run(tool, images) -> np.ndarray:
-    ids = np.asarray(tool(images))
-    if ids.shape[0] != len(images) or ids.ndim != 3:
-        raise ValueError(
-            f"the segmenter gave {list(ids.shape)} for images {list(np.shape(images))}; "
-            "ids [B, H, W] are wanted"
-        )
-    return ids
 
 
 register(Instances())

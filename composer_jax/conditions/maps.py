@@ -53,3 +53,17 @@ def renumber(ids: np.ndarray, values: np.ndarray, numbers) -> np.ndarray:
         return np.zeros_like(ids)
     place = np.searchsorted(values, ids).clip(0, len(values) - 1)
     return np.where(values[place] == ids, np.asarray(numbers)[place], 0)
+
+
+def run_tool(tool, images, what: str) -> np.ndarray:
+    """The maps [B, H, W] that a tool gives for images uint8 [B, H, W, 3]; `what` names the tool.
+
+    Raises ValueError for a result of another shape.
+    """
+    maps = np.asarray(tool(images))
+    if maps.shape[0] != len(images) or maps.ndim != 3:
+        raise ValueError(
+            f"{what} gave {list(maps.shape)} for images {list(np.shape(images))}; "
+            "[B, H, W] is wanted"
+        )
+    return maps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import csv
-import difflib
 import json
 import logging
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from composer_jax.conditions.base import meant
 from composer_jax.conditions.image import load_image
 
 log = logging.getLogger("composer_jax")
@@ -52,9 +52,8 @@ def open_source(text: str, *, size: int, seed: int = 0, split: str = "train") ->
         return Scenes(int(rest or 12000), size=size, seed=seed, split=split)
     if kind == "folder":
         return Folder(Path(rest), size=size)
-    close = difflib.get_close_matches(kind, KINDS, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"no source {text!r}{hint}; allowed: scenes, scenes:COUNT, folder:PATH")
+    allowed = "scenes, scenes:COUNT, folder:PATH"
+    raise ValueError(f"no source {text!r}{meant(kind, KINDS)}; allowed: {allowed}")
 
 
 class Folder(Source):

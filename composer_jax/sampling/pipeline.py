@@ -113,21 +113,20 @@ class Pipeline:
         `stored[b][name]`: the stored values of condition `name` for image b, one for each of
         `uses[name]`. `seeds[b]`: (seed, index), which the image's noise is drawn from.
         """
+        if not stored:
+            raise ValueError("count must be at least 1")
         steps = self.defaults["steps"] if steps is None else steps
         guidance = self.defaults["guidance"] if guidance is None else guidance
         solver = self.defaults["solver"] if solver is None else solver
         latent = self.size // self.model.vae.factor
         times = solvers.evaluation_times(self.process.times(steps), solver)
-        regions = any(u.region is not None for candidates in uses.values() for u in candidates)
-        size = (latent, latent) if regions else None
+        size = (latent, latent)  # always, so that a region more or less never recompiles
         plan = _trim(
             build_plan(uses, self.names, times, guidance=guidance, interval=interval, size=size)
         )
         keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(
             *(jnp.asarray([pair[j] for pair in seeds], jnp.uint32) for j in (0, 1))
         )
-        if len(keys) < 1:
-            raise ValueError("count must be at least 1")
         images = self._program(
             self._state,
             self._rows(plan, stored),

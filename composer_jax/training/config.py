@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import json
@@ -12,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from composer_jax.conditions.base import meant
 
 # what may change when a run goes on; everything else would make it another run
 MAY_CHANGE = (
@@ -44,7 +45,7 @@ def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
         known = [info.name for info in pkgutil.iter_modules(package.__path__)]
         if path not in known:
-            raise ValueError(f"no config {path!r}{_meant(path, known)}; there are "
+            raise ValueError(f"no config {path!r}{meant(path, known)}; there are "
                              f"{', '.join(known)}, or give a .py file")  # fmt: skip
         module = importlib.import_module(f"composer_jax.configs.{path}")
     config = module.get_config(variant).lock()
@@ -62,7 +63,7 @@ def _override(config: ConfigDict, override: str) -> None:
     for i, name in enumerate([*parents, leaf]):
         if not isinstance(node, ConfigDict) or name not in node:
             known = list(flat(config))
-            raise ValueError(f"the config has no key {key!r}{_meant(key, known)}; "
+            raise ValueError(f"the config has no key {key!r}{meant(key, known)}; "
                              f"it has {', '.join(known)}")  # fmt: skip
         if i < len(parents):
             node = node[name]
@@ -119,8 +120,3 @@ def keep_config(config: ConfigDict, workdir: Path) -> None:
                 )
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(new, indent=2) + "\n")
-
-
-def _meant(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
