@@ -77,6 +77,17 @@ def test_sample_from_an_image_and_from_words(run, photo, tmp_path, capsys):
     assert "given caption, palette, sketch" in capsys.readouterr().out
 
 
+def test_a_codec_trains_on_a_folder_of_few_photos(photo, tmp_path, capsys):
+    (photo.parent / "broken.png").write_text("text")
+    words = ["train", "--config", "scenes64_codec:smoke", "--workdir", tmp_path / "run",
+             f"--config.source=folder:{photo.parent}", "--config.image_size=32",
+             "--config.sample_every=4"]  # fmt: skip
+    assert main([str(word) for word in words]) == 0
+    assert "trained 4 steps" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "vae" / "config.json").is_file()
+    assert Image.open(tmp_path / "run" / "samples" / "00000004.png").size == (34, 68)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
