@@ -31,11 +31,13 @@ class Part:
     """One array that the network takes.
 
     `kind` and `shape`: "spatial" (C,), "vector" (D,) or "tokens" (L, D). A str in `shape` is a size
-    that CLIP decides: "text_length", "text_width" or "embed_width".
+    that CLIP decides: "text_length", "text_width" or "embed_width". `norm`: the usual L2 norm of a
+    vector, by which the network scales it to numbers of about 1; None where it has that size.
     """
 
     kind: str
     shape: tuple[int | str, ...]
+    norm: float | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Caption(Condition):
     doc = "a sentence that says what is in the image"
     parts: Mapping[str, Part] = {
         "tokens": Part("tokens", ("text_length", "text_width")),
-        "vector": Part("vector", ("embed_width",)),
+        "vector": Part("vector", ("embed_width",), norm=1.0),
     }
     feature: Mapping[str, Feature] = {
         "text": Feature((), "str", "text"),

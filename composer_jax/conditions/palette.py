@@ -145,7 +145,7 @@ class Palette(Condition):
     name = "palette"
     doc = "colours and their shares, as hex colours, an image or a histogram"
     keep_probability = 0.5
-    parts: Mapping[str, Part] = {"vector": Part("vector", (BINS,))}
+    parts: Mapping[str, Part] = {"vector": Part("vector", (BINS,), norm=0.3)}
     feature = Feature((BINS,), "float32", "raw")
 
     def __init__(self, s: float = 10.0):

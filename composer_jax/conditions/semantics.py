@@ -19,7 +19,7 @@ class Semantics(Condition):
 
     name = "semantics"
     doc = "what the image is about and its style, by CLIP: an image, or an embedding as .npy"
-    parts: Mapping[str, Part] = {"vector": Part("vector", ("embed_width",))}
+    parts: Mapping[str, Part] = {"vector": Part("vector", ("embed_width",), norm=1.0)}
     feature = Feature(("embed_width",), "float32", "raw")
     tool = "clip"
 

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+ZEROS = nnx.initializers.zeros_init()  # for the last layer of a branch around a skip
 MASKED = -1e9  # what a token that must not be seen gets in its attention logits; finite, no NaN
 
 
@@ -25,9 +26,9 @@ def depth_to_space(x: Float[Array, "b h w d"], factor: int) -> Float[Array, "b H
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, -1)
 
 
-def conv3(c_in: int, c_out: int, *, dtype, rngs: nnx.Rngs, stride: int = 1, padding=1) -> nnx.Conv:
-    """A 3 x 3 convolution."""
-    return nnx.Conv(c_in, c_out, (3, 3), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
+def conv3(c_in: int, c_out: int, *, stride: int = 1, padding=1, **options) -> nnx.Conv:
+    """A 3 x 3 convolution; `options` are `nnx.Conv`'s."""
+    return nnx.Conv(c_in, c_out, (3, 3), strides=stride, padding=padding, **options)
 
 
 def _matmul(x, kernel, *_, precision=None, **__) -> jax.Array:
@@ -38,15 +39,14 @@ def _matmul(x, kernel, *_, precision=None, **__) -> jax.Array:
     return jax.lax.dot(rows, kernel, precision=precision).reshape(*x.shape[:-1], kernel.shape[1])
 
 
-def linear(c_in: int, c_out: int, *, dtype, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
-    """A linear layer over the last axis."""
-    return nnx.Linear(c_in, c_out, use_bias=use_bias, dtype=dtype, rngs=rngs, dot_general=_matmul)
+def linear(c_in: int, c_out: int, **options) -> nnx.Linear:
+    """A linear layer over the last axis; `options` are `nnx.Linear`'s."""
+    return nnx.Linear(c_in, c_out, dot_general=_matmul, **options)
 
 
-def conv1(c_in: int, c_out: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    """A 1 x 1 convolution."""
-    options = {"conv_general_dilated": _matmul, "dtype": dtype, "rngs": rngs}
-    return nnx.Conv(c_in, c_out, (1, 1), **options)
+def conv1(c_in: int, c_out: int, **options) -> nnx.Conv:
+    """A 1 x 1 convolution; `options` are `nnx.Conv`'s."""
+    return nnx.Conv(c_in, c_out, (1, 1), conv_general_dilated=_matmul, **options)
 
 
 def group_norm(channels: int, groups: int, eps: float, *, dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -55,7 +55,10 @@ def group_norm(channels: int, groups: int, eps: float, *, dtype, rngs: nnx.Rngs)
 
 
 class ResnetBlock(nnx.Module):
-    """Two normalised convolutions around a skip; the timestep embedding is added in between."""
+    """Two normalised convolutions around a skip; the timestep embedding is added in between.
+
+    It starts as its skip: the second convolution's kernel is 0.
+    """
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class ResnetBlock(nnx.Module):
         if time_width is not None:
             self.time_emb_proj = linear(time_width, c_out, **options)
         self.norm2 = group_norm(c_out, groups, eps, **options)
-        self.conv2 = conv3(c_out, c_out, **options)
+        self.conv2 = conv3(c_out, c_out, kernel_init=ZEROS, **options)
         if c_in != c_out:
             self.conv_shortcut = conv1(c_in, c_out, **options)
 

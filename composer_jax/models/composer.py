@@ -68,7 +68,7 @@ class ComposerConfig:
                 if isinstance(size, str) and size not in self.sizes:
                     raise ValueError(f"condition {name} needs the size {size!r}, which CLIP gives")
             shape = tuple(self.sizes[s] if isinstance(s, str) else s for s in part.shape)
-            resolved[part_name] = Part(part.kind, shape)
+            resolved[part_name] = replace(part, shape=shape)
         return resolved
 
     def token_parts(self, name: str) -> dict[str, Part]:
@@ -140,12 +140,14 @@ class Composer(nnx.Module):
                         size, config.local_channels, config.stem_width, config.factor, **options
                     )
                 if part.kind == "vector":
-                    embeddings[key] = VectorProjection(size, time_width, time_width, **options)
+                    embeddings[key] = VectorProjection(
+                        size, part.norm, time_width, time_width, **options
+                    )
             for part_name, part in config.token_parts(name).items():
                 key, size = f"{name}_{part_name}", part.shape[-1]
                 if part.kind == "vector":
                     out = config.tokens_per_vector * width
-                    tokens[key] = VectorProjection(size, width, out, **options)
+                    tokens[key] = VectorProjection(size, part.norm, width, out, **options)
                 elif size != width:
                     tokens[key] = nnx.Linear(size, width, **options)
         self.stems, self.embeddings = nnx.Dict(stems), nnx.Dict(embeddings)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from composer_jax.models.blocks import space_to_depth
+from composer_jax.models.blocks import linear, space_to_depth
 
 
 class Stem(nnx.Module):
@@ -36,12 +38,19 @@ class Stem(nnx.Module):
 
 
 class VectorProjection(nnx.Module):
-    """Projects a vector to the width of the timestep embedding, or to a few context tokens."""
+    """Projects a vector to the width of the timestep embedding, or to a few context tokens.
 
-    def __init__(self, size: int, width: int, out: int, *, dtype, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(size, width, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(width, out, dtype=dtype, rngs=rngs)
+    Embeddings of unit length and histograms have tiny numbers, from which a network learns slowly:
+    a vector of length `norm` is scaled to unit variance first.
+    """
+
+    def __init__(
+        self, size: int, norm: float | None, width: int, out: int, *, dtype, rngs: nnx.Rngs
+    ):
+        self.scale = 1.0 if norm is None else math.sqrt(size) / norm
+        self.linear_1 = linear(size, width, dtype=dtype, rngs=rngs)
+        self.linear_2 = linear(width, out, dtype=dtype, rngs=rngs)
 
     def __call__(self, vector: Float[Array, "b d"]) -> Float[Array, "b e"]:
         """vector [B, D]; returns [B, out]."""
-        return self.linear_2(jax.nn.silu(self.linear_1(vector)))
+        return self.linear_2(jax.nn.silu(self.linear_1(self.scale * vector)))

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from composer_jax.models.blocks import (
+    ZEROS,
     Attention,
     Downsample,
     ResnetBlock,
@@ -153,7 +154,7 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A transformer block over the positions of a map."""
+    """A transformer block over the positions of a map, around a skip; it starts as its skip."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig, *, dtype, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
@@ -163,10 +164,10 @@ class Transformer(nnx.Module):
         self.transformer_blocks = nnx.List([block])
         if self.linear:
             self.proj_in = linear(channels, channels, **options)
-            self.proj_out = linear(channels, channels, **options)
+            self.proj_out = linear(channels, channels, kernel_init=ZEROS, **options)
         else:
             self.proj_in = conv1(channels, channels, **options)
-            self.proj_out = conv1(channels, channels, **options)
+            self.proj_out = conv1(channels, channels, kernel_init=ZEROS, **options)
 
     def __call__(self, x: Float[Array, "b h w c"], context: Context, bias):
         """x [B, H, W, C]; takes its (k, v) off the front of `context`; returns x's shape."""
@@ -249,7 +250,7 @@ class UNet(nnx.Module):
             up.append(Block(pairs, heads[i], "up" if i > 0 else None, config, **options))
         self.up_blocks = nnx.List(up)
         self.conv_norm_out = group_norm(widths[0], config.norm_num_groups, 1e-5, **options)
-        self.conv_out = conv3(widths[0], config.out_channels * fold, **options)
+        self.conv_out = conv3(widths[0], config.out_channels * fold, kernel_init=ZEROS, **options)
 
     def _transformers(self) -> list[Transformer]:
         """All transformers in the order of evaluation."""
