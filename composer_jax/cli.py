@@ -13,9 +13,11 @@ from pathlib import Path
 COMMANDS = {
     "quickstart": "the whole way in minutes, on CPU, ending in a report",
     "decompose": "take images apart into their conditions",
-    "train": "train a codec, a CLIP or a composer",
+    "train": "train a composer, or its codec, CLIP or depth regressor",
     "sample": "make images from any subset of conditions",
 }
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +36,10 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        if any(word in COMMANDS for word in argv):
+            _take_huge_pages()
     # jax reads this when it is imported: what was compiled once is not compiled again
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "composer-jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
@@ -63,6 +68,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("composer: interrupted", file=sys.stderr)
         return 130
+
+
+def _take_huge_pages() -> None:
+    """Starts this process once more, with huge pages for what malloc maps.
+
+    XLA maps its buffers anew for every step on CPU, and with pages of 4 KiB a quarter of a train
+    step goes to page faults (benchmarks/huge_pages.py). glibc reads the setting only at its start;
+    one that the user has made stays.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _help(parser: Parser, argv: list[str]) -> int:

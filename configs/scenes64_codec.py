@@ -18,16 +18,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.source = "scenes:12000"
     config.image_size = 64
     config.seed = 0
-    config.steps = 4200
+    config.steps = 4000
     config.batch = 16
     config.dtype = "float32"
     config.model = ConfigDict(PRESETS["scenes64"].to_dict())
-    config.kl_weight = 1e-4
-    config.edge_weight = 1.0
+    config.kl_weight = 2e-5
+    config.edge_weight = 0.25
     config.optimizer = dict(
         learning_rate=1e-3, warmup=100, decay=0.5, weight_decay=0.0, clip=1.0, betas=(0.9, 0.99)
     )
-    config.ema = 0.995
+    config.ema = 0.998
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.sharding = (("kernel", "fsdp"),)
     config.log_every = 20

@@ -20,16 +20,17 @@ from composer_jax.commands.pictures import labelled_sheet
 from composer_jax.conditions.decompose import decompose
 from composer_jax.data.sources import open_source
 from composer_jax.evaluation.control import (
+    HEAD,
     extract_all,
     measure_control,
     reconstruct,
     sample_each,
+    scenes_tools,
 )
 from composer_jax.evaluation.report import Report
 from composer_jax.sampling.pipeline import Pipeline
 
 PHOTOS = ("astronaut", "cat", "coffee", "rocket")
-MEASURED = ("sketch", "intensity", "palette", "semantics")
 PAIRS = (("sketch", "palette"), ("depth", "palette"), ("caption", "depth"))
 SHOWN, COUNT = 6, 16  # scenes in pictures, scenes in numbers
 
@@ -134,7 +135,8 @@ def control(report: Report, pipe: Pipeline) -> None:
     source = open_source(f"scenes:{COUNT}", size=pipe.size, split="test")
     batch = source.batch(range(COUNT))
     images, given = batch["image"], batch["given"]
-    stored = extract_all(pipe, images, given, pipe.names)
+    tools = scenes_tools(pipe)
+    stored = extract_all(images, given, pipe.names, tools)
     kinds = [(), *[(name,) for name in pipe.names], *PAIRS, pipe.names]
     kinds = [kind for kind in kinds if set(kind) <= set(pipe.names)]
     samples = {}
@@ -165,15 +167,19 @@ def control(report: Report, pipe: Pipeline) -> None:
         f"perfect. {COUNT} held-out scenes, one seed, 10 steps. Floor: samples without it. "
         "Permuted: samples given another scene's. Oracle: the scene through the codec."
     )
-    through = reconstruct(pipe, images)
-    table = []
-    for name in (n for n in MEASURED if n in pipe.names):
-        found = measure_control(pipe, name, stored, samples[(name,)], samples[()], through)
-        numbers = (found.wanted, found.permuted, found.floor, found.oracle)
-        nc = "-" if found.normalised is None else f"{found.normalised:.2f}"
-        table.append([name, *(f"{n:.3f}" for n in numbers), nc, str(found.left_out)])
-    head = ["condition", "sample", "permuted", "floor", "oracle", "normalised", "left out"]
-    report.table(head, table)
+    through, table = reconstruct(pipe, images), []
+    reasons = {}
+    for name in pipe.names:
+        alone, none = [samples[(name,)]], [samples[()]]
+        try:
+            found = measure_control(name, stored, alone, none, through, tools)
+        except ValueError as reason:
+            reasons[name] = reason
+            continue
+        table.append([name, *found.row()])
+    report.table(["condition", *HEAD], table)
+    for name, reason in reasons.items():
+        report.text(f"Not measured, {name}: {reason}.")
     for row in table:
         print(f"     {row[0]:10} sample {row[1]}  permuted {row[2]}  floor {row[3]}")
 

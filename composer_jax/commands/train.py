@@ -1,4 +1,4 @@
-"""`composer train --config NAME[:variant] --workdir DIR`: codec, CLIP or composer; resumes."""
+"""`composer train --config NAME[:variant] --workdir DIR`: trains what a config says; resumes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,11 @@ def train(config: ConfigDict, workdir: Path) -> Task:
         sharding=tuple(config.sharding),
     )
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
-    hooks = [_grids(task, workdir)] if config.sample_every and config.task != "clip" else []
+    hooks = (
+        [_grids(task, workdir)]
+        if config.sample_every and config.task in ("codec", "composer")
+        else []
+    )
 
     def export(step, state):
         if jax.process_index() == 0:

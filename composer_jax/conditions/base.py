@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ class Condition(abc.ABC):
 
     `stored` has the structure of `feature`: one array, or a dict of arrays. `value` is a dict from
     part name to float32 array. `cached = False`: stored is not kept in the training cache and
-    `draw` works from the image. `tool`: which tool `extract` is handed, "clip", "depth",
+    `draw` works from the image, and from what `draws_from`, another condition, has stored where the
+    batch holds it. `tool`: which tool `extract` is handed, "clip", "depth",
     "segmenter" or None.
     """
 
@@ -70,6 +71,7 @@ class Condition(abc.ABC):
     parts: Mapping[str, Part]
     feature: Feature | Mapping[str, Feature]
     cached: bool = True
+    draws_from: str | None = None
     tool: str | None = None
 
     @abc.abstractmethod
@@ -83,7 +85,7 @@ class Condition(abc.ABC):
     def draw(self, key: jax.Array, stored, image: jax.Array) -> dict[str, jax.Array]:
         """Draws a training value of one example, in JAX; `image` is float32 [H, W, 3] in [0, 1].
 
-        `stored` is None where the condition is not cached. Without a random part: `value(stored)`.
+        `stored` is None where the batch holds none. Without a random part: `value(stored)`.
         """
         del key, image
         return self.value(stored)
@@ -106,6 +108,14 @@ class Condition(abc.ABC):
     @abc.abstractmethod
     def measure(self, wanted, image: np.ndarray, tool=None) -> float:
         """How well an image uint8 [H, W, 3] obeys `wanted` (stored, one example); 1 is perfect."""
+
+    def judge(self, stored: Sequence[Any]) -> Callable[..., float]:
+        """`measure` for examples of one data set, whose stored values these are.
+
+        Another function where what all examples share must earn nothing.
+        """
+        del stored
+        return self.measure
 
     def absent(self, tool=None):
         """Stored of "nothing given", where absence has an encoding of its own (the empty caption).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,20 @@ class Depth(Condition):
         found = np.asarray(run_tool(tool, image[None], _NETWORK)[0], np.float64)
         found = fit_map(found, wanted.shape, "area")
         return spearman(wanted, found)
+
+    def judge(self, stored: Sequence[np.ndarray]):
+        """Spearman's correlation after the set's mean map is taken away from both.
+
+        The floor is near and the sky far in every scene: the mean map alone correlates with each.
+        """
+        mean = np.mean([np.asarray(one, np.float64) for one in stored], axis=0)
+
+        def measure(wanted, image, tool=None) -> float:
+            found = self.extract(np.asarray(image)[None], tool=tool)[0]
+            found = fit_map(found.astype(np.float64), mean.shape, "area")
+            return spearman(np.asarray(wanted, np.float64) - mean, found - mean)
+
+        return measure
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 
 from composer_jax.conditions.base import Condition, Feature, Part, register
 from composer_jax.conditions.image import fit_map, load_image, load_rgba
+from composer_jax.conditions.maps import MAX_IDS
 
 ALLOWED = "allowed: IMAGE:MASK (white is kept), or one image with transparency (that is the hole)"
 NUMBERS = 34  # uniform numbers that the largest kind of hole takes
@@ -29,6 +30,7 @@ class Mask(Condition):
         "keep": Feature(("h", "w"), "uint8", "png", "nearest"),
     }
     cached = False
+    draws_from = "instances"
 
     def extract(self, images, given=None, tool=None):
         """Images uint8 [B, H, W, 3] with `given["mask"]` [B, H, W] (bool, 0 to 1, or uint8 0 to
@@ -48,14 +50,16 @@ class Mask(Condition):
         return {"image": images, "keep": keep}
 
     def draw(self, key, stored, image):
-        """A random hole in `image` float32 [H, W, 3]: boxes, free strokes or the blob of an object;
-        one in four is turned around, so that only what was drawn is kept. Returns [H, W, 4]."""
-        del stored
+        """A random hole in `image` float32 [H, W, 3]: boxes, free strokes, a blob, or one of the
+        instances in `stored` (those of the condition `instances`, or None); one in four is turned
+        around, so that only what was drawn is kept. Returns [H, W, 4]."""
         u = jax.random.uniform(key, (2 + NUMBERS,))
         y_Hx1 = ((jnp.arange(image.shape[0]) + 0.5) / image.shape[0])[:, None]
         x_1xW = ((jnp.arange(image.shape[1]) + 0.5) / image.shape[1])[None, :]
-        holes_3xHxW = jnp.stack([kind(u[2:], y_Hx1, x_1xW) for kind in (_boxes, _strokes, _blob)])
-        hole = holes_3xHxW[(3.0 * u[0]).astype(jnp.int32)]
+        holes = [kind(u[2:], y_Hx1, x_1xW) for kind in (_boxes, _strokes, _blob)]
+        if stored is not None:
+            holes.append(_instance(u[2:], stored["ids"], holes[-1]))
+        hole = jnp.stack(holes)[(len(holes) * u[0]).astype(jnp.int32)]
         keep = jnp.where(u[1] < 0.25, hole, ~hole)
         return {"map": _masked(image, keep.astype(jnp.float32))}
 
@@ -129,6 +133,16 @@ def _strokes(u: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     near = (away_y - along * step_y) ** 2 + (away_x - along * step_x) ** 2 < width**2
     drawn = (jnp.arange(3) <= 3.0 * u[0])[:, None, None]
     return jnp.any(jnp.any(near, axis=1) & drawn, axis=0)
+
+
+def _instance(u: jax.Array, ids: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """One of the instances in ids [H, W], widened; bool [H, W]. `otherwise` where there is none."""
+    there = jnp.bincount(ids.ravel(), length=MAX_IDS)[1:] > 0
+    chosen = 1 + jnp.argmax(jnp.where(there, u[: MAX_IDS - 1], -1.0))
+    window = tuple(2 * (side // 32) + 1 for side in ids.shape)
+    inside = (ids == chosen).astype(jnp.float32)
+    wide = jax.lax.reduce_window(inside, 0.0, jax.lax.max, window, (1, 1), "SAME") > 0.0
+    return jnp.where(jnp.any(there), wide, otherwise)
 
 
 def _blob(u: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import numpy as np
 from composer_jax import conditions
 from composer_jax.diffusion import Use
 from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.storage.models import find_part, load_depth
 
 CHUNK = 16
 
@@ -22,14 +23,16 @@ class Control:
     """How one condition, given alone, controls samples; means over examples, 1 is perfect.
 
     `wanted`: between the condition and the sample. `permuted`: samples given another example's
-    condition. `floor`: samples without it. `oracle`: the image through the codec. `left_out`:
-    examples that the measure does not apply to.
+    condition. `floor`: samples without it. `oracle`: the image through the codec. `interval`: a
+    bootstrap 95 % interval of `normalised` over examples. `left_out`: examples that the measure
+    does not apply to.
     """
 
     wanted: float
     permuted: float
     floor: float
     oracle: float
+    interval: tuple[float, float]
     left_out: int
 
     @property
@@ -38,12 +41,34 @@ class Control:
         room = self.oracle - self.floor
         return (self.wanted - self.floor) / room if room >= 0.1 else None
 
+    def row(self) -> list[str]:
+        """The cells of a table under `HEAD`."""
+        numbers = [f"{n:.3f}" for n in (self.wanted, self.permuted, self.floor, self.oracle)]
+        if self.normalised is None:
+            return [*numbers, "-", "-", str(self.left_out)]
+        low, high = self.interval
+        return [*numbers, f"{self.normalised:.2f}", f"{low:.2f} to {high:.2f}", str(self.left_out)]
+
+
+HEAD = ("sample", "permuted", "floor", "oracle", "normalised", "95 % interval", "left out")
+
+
+def scenes_tools(pipe: Pipeline) -> dict[str, Any]:
+    """The tools that measure samples of the built-in world: the model's CLIP, depth's regressor."""
+    return {"clip": pipe.clip, "depth": load_depth(find_part("bundled", "depth")).tool()}
+
 
 def extract_all(
-    pipe: Pipeline, images: np.ndarray, given: Mapping[str, Any], names: Sequence[str]
+    images: np.ndarray,
+    given: Mapping[str, Any],
+    names: Sequence[str],
+    tools: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Stored values of each example: a dict by condition for each of images [B, H, W, 3]."""
-    batched = {name: conditions.get(name).extract(images, given, pipe.tool(name)) for name in names}
+    batched = {
+        name: conditions.get(name).extract(images, given, tools.get(conditions.get(name).tool))
+        for name in names
+    }
     return [
         {
             name: jax.tree.map(lambda a, i=i: a[i], stored, is_leaf=lambda a: isinstance(a, list))
@@ -86,26 +111,46 @@ def reconstruct(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
 
 
 def measure_control(
-    pipe: Pipeline,
     name: str,
     stored: Sequence[Mapping[str, Any]],
-    samples: np.ndarray,
-    without: np.ndarray,
+    samples: Sequence[np.ndarray],
+    without: Sequence[np.ndarray],
     through_codec: np.ndarray,
+    tools: Mapping[str, Any],
 ) -> Control:
-    """Measures one condition on samples given it alone, samples without it, and the codec's images.
+    """Measures one condition: samples given it alone, samples without it, and the codec's images.
 
+    `samples`, `without`: uint8 [B, H, W, 3] for each sampling seed; scores are means over seeds.
     The permuted row compares example i's condition with the sample made from example i + 1's.
+    Raises ValueError where the measure wants a tool that `tools` lacks.
     """
-    condition, tool = conditions.get(name), pipe.tool(name)
+    condition, wanted = conditions.get(name), [row[name] for row in stored]
+    judge, tool = condition.judge(wanted), tools.get(condition.tool)
 
     def scores(images: np.ndarray) -> np.ndarray:
-        pairs = zip(stored, images, strict=True)
-        return np.array([condition.measure(row[name], image, tool) for row, image in pairs])
+        return np.array(
+            [judge(one, image, tool) for one, image in zip(wanted, images, strict=True)]
+        )
 
-    rows = [scores(i) for i in (samples, np.roll(samples, -1, axis=0), without, through_codec)]
-    valid = np.all(np.isfinite(rows), axis=0)
-    if not valid.any():
-        return Control(*[float("nan")] * 4, left_out=len(stored))
-    means = [float(row[valid].mean()) for row in rows]
-    return Control(*means, left_out=int((~valid).sum()))
+    def over_seeds(seeds: Sequence[np.ndarray]) -> np.ndarray:
+        return np.mean([scores(images) for images in seeds], axis=0)
+
+    rolled = [np.roll(images, -1, axis=0) for images in samples]
+    rows = np.array(
+        [over_seeds(samples), over_seeds(rolled), over_seeds(without), scores(through_codec)]
+    )
+    valid = rows[:, np.all(np.isfinite(rows), axis=0)]
+    if not valid.size:
+        nan = float("nan")
+        return Control(nan, nan, nan, nan, (nan, nan), left_out=len(stored))
+    means = [float(mean) for mean in valid.mean(axis=1)]
+    left_out = len(stored) - valid.shape[1]
+    return Control(*means, interval=_bootstrap(valid), left_out=left_out)
+
+
+def _bootstrap(rows: np.ndarray, rounds: int = 2000) -> tuple[float, float]:
+    """The 95 % interval of normalised control over examples drawn again; rows [4, N]."""
+    drawn = np.random.default_rng(0).integers(rows.shape[1], size=(rounds, rows.shape[1]))
+    wanted, _, floor, oracle = rows[:, drawn].mean(axis=2)
+    low, high = np.percentile((wanted - floor) / (oracle - floor), [2.5, 97.5])
+    return float(low), float(high)

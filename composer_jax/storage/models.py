@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from composer_jax.models.composer import Composer, ComposerConfig
+from composer_jax.models.detectors import DepthConfig, DepthRegressor
 from composer_jax.models.vae import VAE, VAEConfig
 from composer_jax.storage.tensors import fill_module, load_tensors, module_tensors, save_tensors
 
@@ -39,7 +40,7 @@ class Model:
 
 
 def find_part(where: str | Path, part: str) -> Path:
-    """The folder of a codec ("vae") or CLIP ("clip"): "bundled", itself, or inside a model.
+    """The folder of a "vae", a "clip" or a "depth" regressor: "bundled", itself, or inside a model.
 
     Raises ValueError where there is none.
     """
@@ -52,20 +53,30 @@ def find_part(where: str | Path, part: str) -> Path:
     raise ValueError(f"{folder} holds no {part}/config.json; give a {part} folder or 'bundled'")
 
 
-def save_codec(folder: Path, vae: VAE, dtype: str | None = None) -> None:
-    """Writes a codec's config and tensors into `folder`, replacing it in one move."""
+def save_part(folder: Path, part: VAE | DepthRegressor, dtype: str | None = None) -> None:
+    """Writes a network's config and tensors into `folder`, replacing it in one move."""
     with _replacing(folder) as new:
-        _write_json(new / "config.json", {"format": FORMAT, **vae.config.to_dict()})
-        save_tensors(new / "model.safetensors", module_tensors(vae), dtype)
+        _write_json(new / "config.json", {"format": FORMAT, **part.config.to_dict()})
+        save_tensors(new / "model.safetensors", module_tensors(part), dtype)
 
 
 def load_codec(folder: Path, dtype=jnp.float32) -> VAE:
-    """Reads what `save_codec` wrote; raises ValueError, one line, where something is off."""
-    config = _read_json(folder / "config.json")
-    config.pop("format", None)
-    vae = nnx.eval_shape(lambda: VAE(VAEConfig.from_dict(config), dtype=dtype, rngs=nnx.Rngs(0)))
-    _fill(vae, folder / "model.safetensors")
-    return vae
+    """Reads a codec of `save_part`; raises ValueError, one line, where something is off."""
+    return _load_part(folder, VAE, VAEConfig, dtype)
+
+
+def load_depth(folder: Path, dtype=jnp.float32) -> DepthRegressor:
+    """Reads a depth regressor of `save_part`; raises ValueError where something is off."""
+    return _load_part(folder, DepthRegressor, DepthConfig, dtype)
+
+
+def _load_part(folder: Path, network, config_class, dtype):
+    values = _read_json(folder / "config.json")
+    values.pop("format", None)
+    config = config_class.from_dict(values)
+    part = nnx.eval_shape(lambda: network(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    _fill(part, folder / "model.safetensors")
+    return part
 
 
 def save_model(folder: Path, composer: Composer, vae: Path, clip: Path, info: dict) -> None:

@@ -1,4 +1,4 @@
-"""What the loop trains: codec, CLIP, composer. A task is parameters, a loss, batches, an export."""
+"""What the loop trains: codec, CLIP, depth regressor, composer; each with its loss and batches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from composer_jax.data.sources import Source
 from composer_jax.diffusion.process import Process
 from composer_jax.models.clip import Clip, small_clip
 from composer_jax.models.composer import Composer, ComposerConfig, Constant
+from composer_jax.models.detectors import DepthConfig, DepthRegressor, depth_loss
 from composer_jax.models.unet import UNetConfig
 from composer_jax.models.vae import VAE, VAEConfig, codec_loss, pca_skip, standardised
-from composer_jax.storage.models import find_part, load_codec, save_codec, save_model
+from composer_jax.storage.models import find_part, load_codec, save_model, save_part
 from composer_jax.training.state import TrainState
 from composer_jax.training.step import Loss, example_keys
 
@@ -43,7 +44,12 @@ class Task:
 
 def make_task(config, source: Source, workdir: Path) -> Task:
     """The task that `config.task` names, on a source. Raises ValueError for an unknown one."""
-    tasks = {"codec": codec_task, "clip": clip_task, "composer": composer_task}
+    tasks = {
+        "codec": codec_task,
+        "clip": clip_task,
+        "depth": depth_task,
+        "composer": composer_task,
+    }
     if config.task not in tasks:
         raise ValueError(f"task {config.task!r}; allowed: {', '.join(tasks)}")
     return tasks[config.task](config, source, workdir)
@@ -79,7 +85,7 @@ def codec_task(config, source: Source, workdir: Path) -> Task:
         vae = nnx.merge(graph, jax.device_get(state.ema))
         moments = np.asarray(nnx.jit(VAE.encode)(vae, to_unit(jnp.asarray(pool["image"][:1024]))))
         vae.config = standardised(vae_config, moments)
-        save_codec(workdir / "model" / "vae", vae)
+        save_part(workdir / "model" / "vae", vae)
 
     images = {"image": pool["image"]}
     return Task(lambda: start, loss, batches(images, config.batch, config.seed), export, pool)
@@ -105,6 +111,29 @@ def clip_task(config, source: Source, workdir: Path) -> Task:
 
     rows = {"image": pool["image"], "ids": pool["ids"]}
     return Task(lambda: clip.params, loss, batches(rows, config.batch, config.seed), export, pool)
+
+
+def depth_task(config, source: Source, workdir: Path) -> Task:
+    """A depth regressor on images whose depth the source knows; it measures samples."""
+    pool = prepare(source, ("depth",), {}, {}, workdir / "pool", {})
+    model_config, depth = DepthConfig.from_dict(config.model.to_dict()), conditions.get("depth")
+
+    def create() -> DepthRegressor:
+        return DepthRegressor(model_config, dtype=config.dtype, rngs=nnx.Rngs(config.seed))
+
+    graph = nnx.graphdef(nnx.eval_shape(create))
+
+    def loss(params, batch, key):
+        del key
+        wanted = depth.value(batch["stored"]["depth"])["map"][..., 0]
+        return depth_loss(nnx.merge(graph, params), to_unit(batch["image"]), wanted)
+
+    def export(state: TrainState) -> None:
+        regressor = nnx.merge(graph, jax.device_get(state.ema))
+        save_part(workdir / "model" / "depth", regressor, "float16")
+
+    rows = batches(pool, config.batch, config.seed)
+    return Task(lambda: nnx.state(create()), loss, rows, export, pool)
 
 
 def composer_task(config, source: Source, workdir: Path) -> Task:
@@ -190,6 +219,7 @@ def composer_loss(
     `draw_presence(key)` gives one example's presence [n]. Returns the loss and metrics.
     """
     names = composer.config.conditions
+    known = {name: conditions.get(name) for name in names}
     images = batch["image"].astype(jnp.float32) / 255.0
 
     def draw(key, image, moments, stored):
@@ -198,7 +228,7 @@ def composer_loss(
         eps = jax.random.normal(keys[1], latent.shape)
         t = process.sample_times(keys[2], ())
         values = {
-            name: conditions.get(name).draw(keys[4 + i], stored.get(name), image)
+            name: known[name].draw(keys[4 + i], stored.get(known[name].draws_from or name), image)
             for i, name in enumerate(names)
         }
         return latent, eps, t, draw_presence(keys[3]), values

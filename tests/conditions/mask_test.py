@@ -91,6 +91,21 @@ def test_every_kind_of_hole_is_in_proportion_to_the_image(kind):
     assert shares.min() > 0 and shares.max() < 0.95 and len(np.unique(shares)) > 9
 
 
+def test_holes_have_the_shapes_of_instances(mask):
+    ids = np.zeros((32, 32), np.uint8)
+    ids[2:10, 4:12], ids[20:26, 16:28] = 3, 7
+    image = np.full((32, 32, 3), 0.5, np.float32)
+    draw = jax.jit(jax.vmap(lambda key: mask.draw(key, {"ids": ids}, image)["map"][..., 3]))
+    keep = np.asarray(draw(jax.random.split(jax.random.key(1), 200)))
+    shapes = []
+    for rows, columns in ((slice(1, 11), slice(3, 13)), (slice(19, 27), slice(15, 29))):
+        widened = np.zeros((32, 32))
+        widened[rows, columns] = 1
+        shapes += [widened, 1 - widened]
+    found = [sum((one == shape).all() for one in keep) for shape in shapes]
+    assert min(found) >= 2 and 30 < sum(found) < 75  # a quarter of all, each instance, both ways
+
+
 def test_image_and_mask_files(mask, tmp_path):
     image = data.chelsea()[:60:2, :80:2]
     keep = np.zeros(image.shape[:2], np.uint8)

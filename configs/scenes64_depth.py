@@ -1,0 +1,40 @@
+"""The depth regressor of the built-in world: it measures how far samples obey a depth map.
+
+    composer train --config scenes64_depth --workdir runs/depth
+
+It trains on scenes of the seed below; control is measured on the "test" split, which it never sees.
+
+`:smoke` is a run of seconds for tests.
+"""
+
+from ml_collections import ConfigDict
+
+from composer_jax.models.detectors import DepthConfig
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = ConfigDict()
+    config.task = "depth"
+    config.source = "scenes:20000"
+    config.image_size = 64
+    config.seed = 1
+    config.steps = 3000
+    config.batch = 32
+    config.dtype = "float32"
+    config.model = ConfigDict(DepthConfig().to_dict())
+    config.optimizer = dict(
+        learning_rate=2e-3, warmup=100, decay=0.6, weight_decay=1e-4, clip=1.0, betas=(0.9, 0.99)
+    )
+    config.ema = 0.998
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.sharding = (("kernel", "fsdp"),)
+    config.log_every = 20
+    config.save_every = 500
+    config.sample_every = 0
+    if variant == "smoke":
+        config.source = "scenes:64"
+        config.steps, config.batch, config.log_every = 4, 8, 2
+        config.optimizer.warmup = 1
+    elif variant:
+        raise ValueError(f"scenes64_depth has no variant {variant!r}; there is smoke")
+    return config
