@@ -8,7 +8,13 @@ from PIL import Image
 from skimage import data
 from skimage.color import hsv2rgb, rgb2lab
 
-from composer_jax.conditions.palette import BINS, NearestColour, Palette, lab_from_rgb
+from composer_jax.conditions.palette import (
+    BINS,
+    Palette,
+    lab_from_rgb,
+    nearest_codes,
+    nearest_table,
+)
 
 IMAGES = hnp.arrays(
     np.uint8,
@@ -81,13 +87,14 @@ def test_any_image_equals_the_direct_distance_matrix(image):
     )
 
 
-def test_the_table_is_right_before_and_after_its_cells_are_filled():
-    lab = Palette().lab
-    colours = np.random.default_rng(1).integers(0, 256, (4000, 3), dtype=np.uint8)
-    expected = ((lab_from_rgb(colours / 255.0)[:, None] - lab[None]) ** 2).sum(-1).argmin(1)
-    nearest = NearestColour(lab)
-    for _ in range(2):
-        np.testing.assert_array_equal(nearest(colours), expected)
+def test_the_bundled_table_is_the_distance_matrix():
+    lab, table = Palette().lab, nearest_table()
+    assert table.shape == (256**3,) and table.max() < BINS
+    codes = np.random.default_rng(1).integers(0, 256**3, 20_000)
+    colours = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.uint8)
+    squared = ((lab_from_rgb(colours / 255.0)[:, None] - lab[None]) ** 2).sum(-1)
+    np.testing.assert_array_equal(table[codes], squared.argmin(1))
+    np.testing.assert_array_equal(nearest_codes(colours, lab), squared.argmin(1))
 
 
 @pytest.mark.parametrize(
