@@ -87,9 +87,9 @@ def nearest_table() -> np.ndarray:
 class Palette(Condition):
     """Colour as a 156-bin CIELab histogram: stored as counted, smoothed when the network sees it.
 
-    Every colour's nearest codeword is looked up in a table that is bundled: 111 times the speed of the
-    direct pixel-by-codeword distance matrix at 512 x 512 px, in one run, and 11 times for the first
-    image of a process (benchmarks/palette.py).
+    Every colour's nearest codeword stands in a bundled table: 512 x 512 px are counted 111 times
+    as fast as by the direct pixel-by-codeword distance matrix, in one run, and 11 times as fast in
+    the first image of a process (benchmarks/palette.py).
     """
 
     name = "palette"
