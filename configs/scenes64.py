@@ -22,13 +22,13 @@ from composer_jax.models.unet import PRESETS
 def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.task = "composer"
-    config.source = "scenes:12000"
+    config.source = "scenes:16000"
     config.image_size = 64
     config.codec = "bundled"
     config.clip = "bundled"
     config.conditions = ()  # empty: all that the source can give
     config.seed = 0
-    config.steps = 3600
+    config.steps = 4000
     config.batch = 32
     config.dtype = "float32"
     config.model = dict(
@@ -49,7 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sharding = (("kernel", "fsdp"),)
     config.log_every = 20
     config.save_every = 500
-    config.sample_every = 1000
+    config.sample_every = 2000
     config.sampler = dict(solver="dpmpp2m", steps=20, guidance=2.0)
     if variant == "quick":
         config.source = "scenes:2000"

@@ -1,8 +1,9 @@
 """The codec of the built-in world: f4, 4 channels, 64 px.
 
-    composer train --config scenes64_codec --workdir runs/codec           13 minutes on 2 free cores
+    composer train --config scenes64_codec --workdir runs/codec           14 minutes on 2 cores
 
-Reached with seed 0: PSNR 35.4 dB on 64 held-out scenes. `assets/scenes64/vae` is this run's.
+Reached with seed 0 on 256 held-out scenes: PSNR 37.4 dB (mean over images; 36.4 dB of the mean
+squared error), F1@1px of their edges .959. `assets/scenes64/vae` is this run's, in float16.
 
 `:smoke` is a run of seconds for tests.
 """

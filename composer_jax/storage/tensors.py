@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: str | Non
         return array.astype(jnp.dtype(dtype)) if dtype and floating else array
 
     save_file({name: cast(array) for name, array in tensors.items()}, path)
+    mask = os.umask(0)  # safetensors makes files that nobody else can read
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def load_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 
 from composer_jax.conditions import base
 from composer_jax.conditions.depth import spearman
+from composer_jax.data.sources import open_source
 
 DEPTH = base.get("depth")
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -131,6 +132,22 @@ def test_fit_keeps_the_map_and_brings_it_to_size():
     fitted = DEPTH.fit(stored, (10, 10))
     assert fitted.shape == (10, 10) and fitted.dtype == np.uint16
     assert np.all(np.diff(fitted[0].astype(int)) > 0)
+
+
+def test_what_all_scenes_share_earns_nothing():
+    batch = open_source("scenes:64", size=64).batch(range(64))
+    stored = DEPTH.extract(batch["image"], batch["given"])
+    mean = np.mean(stored, axis=0)
+
+    def score(measure, found):
+        seen = [one[None] / 65535.0 for one in found]
+        pairs = zip(stored, batch["image"], seen, strict=True)
+        return np.mean([measure(a, image, lambda _, f=f: f) for a, image, f in pairs])
+
+    judge = DEPTH.judge(stored)
+    assert score(DEPTH.measure, [mean] * 64) > 0.9  # the mean map looks like every scene
+    assert abs(score(judge, np.roll(stored, 1, axis=0))) < 0.25
+    assert score(judge, stored) > 0.99
 
 
 def test_measure_is_spearmans_correlation():

@@ -1,6 +1,8 @@
 """Instances: ids survive, colours tell class and instance apart, a segmenter fills in."""
 
+import importlib.util
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from skimage import data
 
 from composer_jax.conditions import base
 from composer_jax.conditions.instances import CLASS_COLOURS, OnnxSegmenter, mean_iou
@@ -207,6 +210,25 @@ def test_the_segmenter_makes_instances_of_connected_salient_pixels():
     assert ids[45, 70] == 1 and ids[10, 20] == 2 and ids[40, 2] == 0
     assert abs(np.sum(ids == 1) - 1200) < 120 and abs(np.sum(ids == 2) - 200) < 60
     assert not OnnxSegmenter("", session=BrightnessSession())(np.zeros_like(image)[None]).any()
+
+
+def test_u2netp_finds_the_cup_and_the_rocket():
+    """A real salient-object network (`make test` installs the package that ships it)."""
+    (package,) = importlib.util.find_spec("rembg").submodule_search_locations
+    segmenter = OnnxSegmenter(Path(package) / "u2netp.onnx")
+    photo = data.coffee()
+    cup, rocket = (INSTANCES.extract(p[None], tool=segmenter) for p in (photo, data.rocket()))
+    height, width = cup["ids"].shape[1:]
+    y, x = np.mgrid[:height, :width]
+    saucer = ((y - 0.505 * height) / (0.465 * height)) ** 2 + ((x - 0.46 * width) / 205) ** 2 < 1
+    found = cup["ids"][0] > 0
+    assert (found & saucer).sum() / (found | saucer).sum() > 0.85
+    standing = rocket["ids"][0] > 0
+    rows, columns = np.nonzero(standing)
+    assert np.ptp(rows) > 6 * np.ptp(columns) and abs(columns.mean() / 640 - 0.5) < 0.05
+    assert INSTANCES.measure(jax.tree.map(lambda a: a[0], cup), photo, segmenter) > 0.99
+    other = INSTANCES.measure(jax.tree.map(lambda a: a[0], cup), photo[:, ::-1], segmenter)
+    assert other < 0.9
 
 
 def test_the_segmenters_mistakes_are_clear(tmp_path, monkeypatch):

@@ -23,6 +23,12 @@ def test_a_workdir_and_its_model_are_the_same(run):
     assert one.info["image_size"] == 64 and len(one.composer.config.conditions) == 8
 
 
+def test_files_have_the_usual_permissions(run, tmp_path):
+    (tmp_path / "usual").touch()
+    weights = run / "model" / "unet.safetensors"
+    assert weights.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_broken_models_are_named(copy, tmp_path):
     tensors = load_tensors(copy / "unet.safetensors")
     name = "unet.conv_in.bias"
