@@ -41,14 +41,10 @@ class Report:
         """Preformatted lines."""
         self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
-    def picture(self, image: np.ndarray, caption: str, zoom: int = 1) -> None:
-        """A picture uint8 [H, W, 3] with a caption; small ones can be zoomed."""
-        picture = Image.fromarray(image)
-        if zoom > 1:
-            size = (picture.width * zoom, picture.height * zoom)
-            picture = picture.resize(size, Image.Resampling.LANCZOS)
+    def picture(self, image: np.ndarray, caption: str) -> None:
+        """A picture uint8 [H, W, 3] with a caption."""
         file = io.BytesIO()
-        picture.save(file, "PNG", optimize=True)
+        Image.fromarray(image).save(file, "PNG", optimize=True)
         data = base64.b64encode(file.getvalue()).decode()
         caption = html.escape(caption)
         self._parts.append(
@@ -69,8 +65,8 @@ class Report:
         """A line of y over x; `marks` are vertical lines."""
         width, height, left, low = 720, 260, 56, 30
         x_array, y_array = np.asarray(x, float), np.asarray(y, float)
-        x_end, top = x_array.max(), float(np.percentile(y_array, 99)) * 1.05
-        bottom = y_array.min() * 0.95
+        x_end, bottom = x_array.max(), float(y_array.min())
+        top = max(float(np.percentile(y_array, 99)), bottom + 1e-9)  # early losses leave the plot
         px = left + x_array / x_end * (width - left - 10)
         py = (height - low) - (np.minimum(y_array, top) - bottom) / (top - bottom) * (
             height - low - 10

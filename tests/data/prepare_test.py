@@ -1,0 +1,66 @@
+"""Preparing: made once, made anew when what makes it changes, never half-written."""
+
+import numpy as np
+import pytest
+
+from composer_jax.data.prepare import prepare
+from composer_jax.data.sources import open_source
+
+
+@pytest.fixture
+def source():
+    return open_source("scenes:70", size=64)
+
+
+def test_it_is_made_once_and_anew_when_its_maker_changes(source, tmp_path):
+    calls = []
+
+    def encode(images, given):
+        calls.append(len(images))
+        return images.mean(axis=(1, 2)).astype(np.float32)
+
+    def pool(version):
+        return prepare(
+            source, ("sketch", "palette"), {}, {"mean": encode}, tmp_path / "pool", {"v": version}
+        )
+
+    first = pool(1)
+    assert sum(calls) == len(source) == len(first["image"])
+    assert isinstance(first["image"], np.memmap)
+    wanted = source.batch(range(70))["image"]
+    np.testing.assert_array_equal(first["image"], wanted)
+    np.testing.assert_allclose(first["mean"], wanted.mean(axis=(1, 2)), rtol=1e-6)
+    assert first["stored"]["palette"].shape == (70, 156)
+    again = pool(1)
+    assert sum(calls) == 70
+    np.testing.assert_array_equal(again["stored"]["sketch"], first["stored"]["sketch"])
+    pool(2)
+    assert sum(calls) == 140
+
+
+def test_an_older_pool_stays_when_a_new_one_fails(source, tmp_path):
+    prepare(source, ("sketch",), {}, {}, tmp_path / "pool", {})
+
+    def broken(images, given):
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        prepare(source, ("sketch",), {}, {"more": broken}, tmp_path / "pool", {})
+    with pytest.raises(ValueError, match="depth network"):
+        prepare(_Bare(source), ("depth",), {}, {}, tmp_path / "pool", {})
+    found = prepare(source, ("sketch",), {}, {}, tmp_path / "pool", {})
+    assert len(found["image"]) == 70
+    assert [path.name for path in tmp_path.iterdir()] == ["pool"]
+
+
+class _Bare:
+    """A source that knows nothing but its images."""
+
+    def __init__(self, source):
+        self._source, self.name, self.size = source, "bare", source.size
+
+    def __len__(self):
+        return len(self._source)
+
+    def batch(self, indices):
+        return {"image": self._source.batch(indices)["image"], "given": {}}
