@@ -1,5 +1,6 @@
 """The command line as a person meets it: what works, and what a mistake looks like."""
 
+import os
 import struct
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from PIL import Image
 
 import composer_jax as cj
 from composer_jax import conditions
-from composer_jax.cli import main
+from composer_jax.cli import HUGE_PAGES, main
 
 
 @pytest.fixture
@@ -45,6 +46,22 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "decompose" in done.stdout and not done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize("setting", [None, "glibc.malloc.check=0"])
+def test_a_command_starts_itself_once_with_huge_pages(setting, tmp_path):
+    code = (
+        "import os, sys; from composer_jax.cli import main\n"
+        "print(os.environ.get('GLIBC_TUNABLES'), flush=True)\n"
+        "sys.argv = ['composer', 'sample', '--model', 'nowhere', '--out', 'out']; sys.exit(main())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environment |= {"GLIBC_TUNABLES": setting} if setting else {}
+    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert done.returncode == 2 and done.stderr.startswith("composer: nowhere does not exist")
+    assert done.stdout.split() == ([setting] if setting else ["None", HUGE_PAGES])
 
 
 def test_decompose_writes_arrays_pictures_and_a_sheet(photo, tmp_path, capsys):
