@@ -77,7 +77,7 @@ def _take_huge_pages() -> None:
     step goes to page faults (benchmarks/huge_pages.py). glibc reads the setting only at its start;
     one that the user has made stays.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

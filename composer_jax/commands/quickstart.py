@@ -165,7 +165,8 @@ def control(report: Report, pipe: Pipeline) -> None:
     report.text(
         "The condition is taken out of the sample again and compared with what was asked; 1 is "
         f"perfect. {COUNT} held-out scenes, one seed, 10 steps. Floor: samples without it. "
-        "Permuted: samples given another scene's. Oracle: the scene through the codec."
+        "Permuted: samples given another scene's. Oracle: the scene through the codec. Caption and "
+        "semantics are measured by the CLIP that also conditions, depth by a network of its own."
     )
     through, table = reconstruct(pipe, images), []
     reasons = {}

@@ -78,11 +78,8 @@ def train(config: ConfigDict, workdir: Path) -> Task:
         sharding=tuple(config.sharding),
     )
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
-    hooks = (
-        [_grids(task, workdir)]
-        if config.sample_every and config.task in ("codec", "composer")
-        else []
-    )
+    shown = config.sample_every and config.task in ("codec", "composer")
+    hooks = [_grids(task, workdir)] if shown else []
 
     def export(step, state):
         if jax.process_index() == 0:

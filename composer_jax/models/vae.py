@@ -82,7 +82,7 @@ PRESETS = {
         mid_attention=False,
         linear_skip=True,
         latent_std=(1.0,) * 4,
-    ),  # 1.4 M
+    ),  # 1.7 M
 }
 
 
