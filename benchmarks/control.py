@@ -32,24 +32,27 @@ def main() -> None:
     batch = open_source(f"scenes:{args.count}", size=pipe.size, split="test").batch(
         range(args.count)
     )
-    stored = extract_all(batch["image"], batch["given"], pipe.names, tools)
-    through, samples = reconstruct(pipe, batch["image"]), {}
+    images, names = batch["image"], []
+    stored = extract_all(images, batch["given"], pipe.names, tools)
+    for name in pipe.names:
+        try:
+            measure_control(name, stored[:1], [images[:1]], [images[:1]], images[:1], tools)
+            names.append(name)
+        except ValueError as reason:
+            print(f"{name} is not measured: {reason}")
+    through, samples = reconstruct(pipe, images), {}
     settings = {"steps": args.steps, "guidance": args.guidance}
-    with tqdm(total=(len(pipe.names) + 1) * args.seeds * args.count, unit="image") as bar:
-        for kind in [(), *[(name,) for name in pipe.names]]:
+    with tqdm(total=(len(names) + 1) * args.seeds * args.count, unit="image") as bar:
+        for kind in [(), *[(name,) for name in names]]:
             samples[kind] = [
                 sample_each(pipe, stored, kind, seed=seed, progress=bar.update, **settings)
                 for seed in range(args.seeds)
             ]
     print(f"{args.count} held-out scenes, seeds 0 to {args.seeds - 1}, {settings}")
     print(f"{'given alone':12}" + "".join(f"{word:>14}" for word in HEAD))
-    for name in pipe.names:
-        try:
-            found = measure_control(name, stored, samples[(name,)], samples[()], through, tools)
-        except ValueError as reason:
-            print(f"{name:12} not measured: {reason}")
-            continue
-        print(f"{name:12}" + "".join(f"{cell:>14}" for cell in found.row()))
+    for name in names:
+        row = measure_control(name, stored, samples[(name,)], samples[()], through, tools).row()
+        print(f"{name:12}" + "".join(f"{cell:>14}" for cell in row))
 
 
 if __name__ == "__main__":
