@@ -152,5 +152,6 @@ def _bootstrap(rows: np.ndarray, rounds: int = 2000) -> tuple[float, float]:
     """The 95 % interval of normalised control over examples drawn again; rows [4, N]."""
     drawn = np.random.default_rng(0).integers(rows.shape[1], size=(rounds, rows.shape[1]))
     wanted, _, floor, oracle = rows[:, drawn].mean(axis=2)
-    low, high = np.percentile((wanted - floor) / (oracle - floor), [2.5, 97.5])
+    with np.errstate(divide="ignore", invalid="ignore"):  # no room at all: no interval
+        low, high = np.percentile((wanted - floor) / (oracle - floor), [2.5, 97.5])
     return float(low), float(high)
