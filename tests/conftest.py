@@ -6,9 +6,25 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import pytest
+from flax import nnx
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture(scope="session")
+def perturbed():
+    """Moves all parameters of a module at random: no zero of the initialisation hides anything."""
+
+    def move(module, seed):
+        leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        pairs = zip(leaves, keys, strict=True)
+        moved = [a + 0.05 * jax.random.normal(k, a.shape) for a, k in pairs]
+        nnx.update(module, jax.tree.unflatten(tree, moved))
+        return module
+
+    return move
 
 
 @pytest.fixture(scope="session")

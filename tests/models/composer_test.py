@@ -17,16 +17,6 @@ SIZES = {"text_length": 6, "text_width": 128, "embed_width": 12}
 BATCH = 2
 
 
-def perturbed(module, seed):
-    """All parameters moved at random, so that no zero of the initialisation hides anything."""
-    state = nnx.state(module, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    nnx.update(module, jax.tree.unflatten(tree, moved))
-    return module
-
-
 def absent(config, seed=9):
     keys = jax.random.split(jax.random.key(seed), 2)
     parts = config.parts("caption").items()
@@ -41,12 +31,15 @@ def values(config, seed):
         for j, (part_name, part) in enumerate(config.parts(name).items()):
             shape = (16, 16, *part.shape) if part.kind == "spatial" else part.shape
             key = jax.random.fold_in(jax.random.key(seed), 10 * i + j)
-            made[name][part_name] = jax.random.uniform(key, (BATCH, *shape))
+            drawn = jax.random.uniform(key, (BATCH, *shape))
+            if part.norm:
+                drawn *= part.norm / jnp.linalg.norm(drawn, axis=-1, keepdims=True)
+            made[name][part_name] = drawn
     return made
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(perturbed):
     unet = replace(PRESETS["tiny"], patch=1, in_channels=4 + 8, block_out_channels=(16,))
     unet = replace(unet, attention=(True,), heads=(2,))
     config = ComposerConfig(
@@ -140,7 +133,7 @@ def test_growing_a_vector_takes_free_slots(model):
         grow(grown, "palette", rngs=nnx.Rngs(1))
 
 
-def test_without_any_caption_nothing_is_not_a_number(model):
+def test_without_any_caption_nothing_is_not_a_number(model, perturbed):
     config = replace(model.config, conditions=("palette", "sketch"))
     bare = perturbed(created(config), 2)
     output = evaluate(bare, values(config, 5), [0.0, 0.0])

@@ -14,8 +14,8 @@ from composer_jax.models.unet import PRESETS, UNet, UNetConfig, timestep_embeddi
 
 
 @pytest.fixture(scope="module")
-def unet():
-    return nnx.jit(lambda: UNet(PRESETS["tiny"], rngs=nnx.Rngs(0)))()
+def unet(perturbed):
+    return perturbed(nnx.jit(lambda: UNet(PRESETS["tiny"], rngs=nnx.Rngs(0)))(), 1)
 
 
 @pytest.mark.parametrize(("name", "count"), [("sd15", 859_520_964), ("sd21", 865_910_724)])

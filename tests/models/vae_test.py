@@ -71,8 +71,8 @@ def test_latents_are_standardised_by_what_the_config_says(images):
     assert np.any(drawn != latents)
 
 
-def test_loss_is_finite_and_has_gradients_everywhere(images):
-    vae = build(SMALL)
+def test_loss_is_finite_and_has_gradients_everywhere(images, perturbed):
+    vae = perturbed(build(SMALL), 1)
     graph, params = nnx.split(vae)
 
     @jax.jit
