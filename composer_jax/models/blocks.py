@@ -113,13 +113,19 @@ class Upsample(nnx.Module):
         return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
 
 
-def attend(q, k, v, heads: int, bias: Float[Array, "b l"] | None = None) -> Float[Array, "b n c"]:
-    """Softmax attention of q [B, N, C] over k, v [B, L, C]; `bias` [B, L] joins the logits."""
+def attend(
+    q, k, v, heads: int, bias: Float[Array, "b l"] | None = None, causal: bool = False
+) -> Float[Array, "b n c"]:
+    """Softmax attention of q [B, N, C] over k, v [B, L, C]; `bias` [B, L] joins the logits.
+
+    `causal`: a position sees itself and those before it.
+    """
     batch, n, channels = q.shape
     shape = (batch, -1, heads, channels // heads)
     if bias is not None:
         bias = bias[:, None, None, :].astype(q.dtype)
-    out = jax.nn.dot_product_attention(q.reshape(shape), k.reshape(shape), v.reshape(shape), bias)
+    q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+    out = jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal)
     return out.reshape(batch, n, channels)
 
 

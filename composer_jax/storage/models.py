@@ -10,7 +10,6 @@ A training workdir holds one under `model/` and can be given wherever a model di
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,15 @@ from flax import nnx
 
 from composer_jax.models.composer import Composer, ComposerConfig
 from composer_jax.models.detectors import DepthConfig, DepthRegressor
+from composer_jax.models.files import (
+    fill_module,
+    module_tensors,
+    open_tensors,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from composer_jax.models.vae import VAE, VAEConfig
-from composer_jax.storage.tensors import fill_module, load_tensors, module_tensors, save_tensors
 
 FORMAT = 1
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -56,8 +62,11 @@ def find_part(where: str | Path, part: str) -> Path:
 def save_part(folder: Path, part: VAE | DepthRegressor, dtype: str | None = None) -> None:
     """Writes a network's config and tensors into `folder`, replacing it in one move."""
     with _replacing(folder) as new:
-        _write_json(new / "config.json", {"format": FORMAT, **part.config.to_dict()})
-        save_tensors(new / "model.safetensors", module_tensors(part), dtype)
+        write_json(new / "config.json", {"format": FORMAT, **part.config.to_dict()})
+        tensors = module_tensors(part)
+        if dtype:
+            tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
+        write_tensors(new / "model.safetensors", tensors)
 
 
 def load_codec(folder: Path, dtype=jnp.float32) -> VAE:
@@ -71,7 +80,7 @@ def load_depth(folder: Path, dtype=jnp.float32) -> DepthRegressor:
 
 
 def _load_part(folder: Path, network, config_class, dtype):
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     values.pop("format", None)
     config = config_class.from_dict(values)
     part = nnx.eval_shape(lambda: network(config, dtype=dtype, rngs=nnx.Rngs(0)))
@@ -87,8 +96,8 @@ def save_model(folder: Path, composer: Composer, vae: Path, clip: Path, info: di
     with _replacing(folder) as new:
         absent = {name: list(parts) for name, parts in composer.absent.items()}
         head = {"format": FORMAT, "composer": composer.config.to_dict(), "absent": absent}
-        _write_json(new / "model.json", {**head, **info})
-        save_tensors(new / "unet.safetensors", module_tensors(composer))
+        write_json(new / "model.json", {**head, **info})
+        write_tensors(new / "unet.safetensors", module_tensors(composer))
         shutil.copytree(vae, new / "vae")
         shutil.copytree(clip, new / "clip")
 
@@ -106,7 +115,7 @@ def load_model(where: str | Path | None = None, dtype=jnp.float32) -> Model:
             raise ValueError("no model is bundled yet; train one and give its folder as the model")
         reason = "does not exist" if not folder.exists() else "has no model.json"
         raise ValueError(f"{folder} {reason}; a model directory or training workdir is wanted")
-    info = _read_json(folder / "model.json")
+    info = read_json(folder / "model.json")
     if info.get("format") != FORMAT:
         raise ValueError(f"{folder}: format {info.get('format')}; this version reads {FORMAT}")
     config = ComposerConfig.from_dict(info["composer"])
@@ -124,20 +133,7 @@ def load_model(where: str | Path | None = None, dtype=jnp.float32) -> Model:
 
 
 def _fill(module: nnx.Module, path: Path) -> None:
-    fill_module(module, load_tensors(path), str(path))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    fill_module(module, open_tensors(path), str(path))
 
 
 class _replacing:
