@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+FORMAT = 1  # of our own directories
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 CHECKSUMS = "crc32"  # key of a file's metadata: checksum by tensor, in what we write

@@ -7,14 +7,15 @@ and where it does not, a short list of regular expressions says how.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from composer_jax.models.files import Tensor, Tensors
 
-Rules = Sequence[tuple[str, str]]  # (pattern, replacement) pairs, each applied in turn
+# (pattern, replacement) pairs of `re.sub`, each applied in turn
+Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "up_kernel": "weight"}
 AXES = {  # our axes in PyTorch's order, by leaf and rank

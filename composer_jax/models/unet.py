@@ -24,7 +24,7 @@ from composer_jax.models.blocks import (
     linear,
     space_to_depth,
 )
-from composer_jax.models.vae import strict
+from composer_jax.models.vae import check_sizes, check_widths, strict
 
 Context = list[tuple[jax.Array, jax.Array]]
 
@@ -47,6 +47,23 @@ class UNetConfig:
     use_linear_projection: bool = False
     norm_num_groups: int = 32
     patch: int = 1
+
+    def __post_init__(self):
+        check_sizes(
+            self, "in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "patch"
+        )
+        check_widths(self)
+        levels = len(self.block_out_channels)
+        for name, kind in (("attention", bool), ("heads", int)):
+            values = getattr(self, name)
+            whole = isinstance(values, tuple) and all(type(value) is kind for value in values)
+            if not whole or len(values) != levels:
+                raise ValueError(f"{name} is {values!r}; one {kind.__name__} a level is wanted")
+        for width, heads in zip(self.block_out_channels, self.heads, strict=True):
+            if heads < 1 or width % heads:
+                raise ValueError(f"block_out_channels {width} is no multiple of {heads} heads")
+        if not isinstance(self.use_linear_projection, bool):
+            raise ValueError(f"use_linear_projection is {self.use_linear_projection!r}")
 
     @property
     def time_embed_dim(self) -> int:

@@ -48,6 +48,20 @@ class VAEConfig:
     latent_mean: tuple[float, ...] = (0.0,) * 4
     latent_std: tuple[float, ...] = (1 / 0.18215,) * 4
 
+    def __post_init__(self):
+        check_sizes(self, "in_channels", "latent_channels", "layers_per_block", "patch")
+        check_widths(self)
+        for name in ("latent_mean", "latent_std"):
+            numbers = getattr(self, name)
+            if not isinstance(numbers, tuple) or len(numbers) != self.latent_channels:
+                raise ValueError(
+                    f"{name} is {numbers!r}; {self.latent_channels} numbers are wanted"
+                )
+            if not all(isinstance(n, int | float) and np.isfinite(n) for n in numbers):
+                raise ValueError(f"{name} is {numbers!r}; finite numbers are wanted")
+        if not all(std > 0 for std in self.latent_std):
+            raise ValueError(f"latent_std is {self.latent_std!r}; it must be above 0")
+
     @property
     def factor(self) -> int:
         """Image size over latent size."""
@@ -70,6 +84,26 @@ def strict(cls, values: Mapping) -> dict:
         if key not in known:
             raise ValueError(f"{cls.__name__} has no key {key!r}; it has {', '.join(known)}")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def check_sizes(config, *names: str) -> None:
+    """Raises ValueError where one of these is no whole number from 1."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; a whole number from 1 is wanted")
+
+
+def check_widths(config) -> None:
+    """Raises ValueError where `block_out_channels` are no multiples of `norm_num_groups`."""
+    widths, groups = config.block_out_channels, config.norm_num_groups
+    check_sizes(config, "norm_num_groups")
+    whole = isinstance(widths, tuple) and all(type(w) is int and w > 0 for w in widths)
+    if not whole or not widths:
+        raise ValueError(f"block_out_channels is {widths!r}; a list of widths is wanted")
+    for width in widths:
+        if width % groups:
+            raise ValueError(f"block_out_channels {width} is no multiple of {groups} groups")
 
 
 PRESETS = {
