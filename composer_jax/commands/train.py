@@ -117,10 +117,10 @@ def _grids(task: Task, workdir: Path):
         return grid(np.concatenate(rows), count)
 
     def codec_grid() -> np.ndarray:
-        from composer_jax.storage.models import find_part, load_codec
+        from composer_jax.storage.models import load_codec
 
         images = np.array(task.pool["image"][:count])
-        vae = load_codec(find_part(workdir, "vae"))
+        vae = load_codec(workdir)
         decoded = vae.decode(vae.latents(vae.encode(images.astype(np.float32) / 127.5 - 1.0)))
         decoded = np.round((np.clip(decoded, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
         return grid(np.concatenate([images, decoded]), count)

@@ -1,4 +1,4 @@
-"""Sketch: the contours of an image, as Canny finds them at every size alike."""
+"""Sketch: the contours of an image, by Canny or a learned detector, at every size alike."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from composer_jax.conditions.base import Condition, Feature, Part, register
+from composer_jax.conditions.base import Condition, Feature, Part, meant, register
+from composer_jax.conditions.contours import contours
 from composer_jax.conditions.image import fit_map, load_array, load_image
+from composer_jax.conditions.maps import run_tool
+
+DETECTORS = ("canny", "hed")
 
 BASE = 256  # at this short side blur is one pixel and strokes are one pixel wide
 UNIT = 16.0  # gradients go to Canny as int16; one grey level a pixel is UNIT
 STEEP, WEAK = 1.5, 0.4  # high = STEEP x mean gradient, low = WEAK x high
 FAINTEST = 3.0  # grey levels a blur width; what is fainter is no edge in any image
+_NETWORK = "the edge detector"
 
 
 class Sketch(Condition):
@@ -23,6 +28,9 @@ class Sketch(Condition):
     One photo gives one drawing at any size: blur and stroke width grow with the short side (1 px at
     256) and both thresholds follow the image's own mean gradient, so the share of inked pixels
     stays. Edges between colours of equal brightness count: the steepest channel decides.
+
+    The tool is a learned detector (HED): uint8 [B, H, W, 3] -> edge probability, float [B, H, W] in
+    [0, 1]. Its ridges are drawn, simplified: it sees things where Canny sees texture.
     """
 
     name = "sketch"
@@ -30,33 +38,64 @@ class Sketch(Condition):
     keep_probability = 0.5
     parts: Mapping[str, Part] = {"map": Part("spatial", (1,))}
     feature = Feature(("h", "w"), "uint8", "png", "lines")
+    tool = "edges"
 
     def __init__(
         self,
+        detector: str | None = None,
+        *,
         low: float | None = None,
         high: float | None = None,
         sigma: float | None = None,
         stroke: int | None = None,
     ):
-        """Without `low` and `high` thresholds follow the image; with them they are fixed.
+        """`detector`: "canny", "hed", or None: the learned one wherever it is passed as tool.
 
-        `low`, `high`: gradient, in grey levels per pixel of the blurred image; `sigma` (blur) and
-        `stroke` (line width) in pixels, else by the size. Raises ValueError where only one
-        threshold is given or they are not in order.
+        Without `low` and `high` Canny's thresholds follow the image; with them they are fixed.
+        `low`, `high`: gradient, in grey levels per pixel of the blurred image; `sigma` (Canny's
+        blur) and `stroke` (line width) in pixels, else by the size. Raises ValueError for another
+        detector, for settings of Canny's with "hed", or where only one threshold is given or they
+        are not in order.
         """
+        if detector not in (None, *DETECTORS):
+            raise ValueError(
+                f"sketch: detector {detector!r}{meant(detector, DETECTORS)}; "
+                f"allowed: {', '.join(DETECTORS)}, None"
+            )
+        if detector == "hed" and (low, high, sigma) != (None, None, None):
+            raise ValueError("sketch: low, high and sigma are Canny's; detector 'hed' has none")
         if (low is None) != (high is None):
             raise ValueError("sketch: give both low and high, or neither")
         if low is not None and not 0.0 <= low <= high:
             raise ValueError(f"sketch: low {low} and high {high} must satisfy 0 <= low <= high")
+        self._detector = detector
         self._thresholds = None if low is None else (low, high)
         self._sigma, self._stroke = sigma, stroke
 
     def extract(self, images, given=None, tool=None):
-        """Lines uint8 [B, H, W], 0 or 255, of images uint8 [B, H, W, 3] (Canny 1986)."""
-        del given, tool
-        return np.stack([self._lines(image) for image in np.asarray(images, np.uint8)])
+        """Lines uint8 [B, H, W], 0 or 255, of images uint8 [B, H, W, 3].
 
-    def _lines(self, image: np.ndarray) -> np.ndarray:
+        By Canny (1986), or by the tool's probabilities (`contours`). Raises ValueError where the
+        detector is "hed" and no tool is passed, or the tool gives something else.
+        """
+        del given
+        images = np.asarray(images, np.uint8)
+        if self._detector == "canny" or (self._detector is None and tool is None):
+            return np.stack([self._canny(image) for image in images])
+        if tool is None:
+            raise ValueError(
+                "sketch: detector 'hed' needs an edge detector passed as tool "
+                "(composer_jax.models.hed.load_hed().tool())"
+            )
+        maps = run_tool(tool, images, _NETWORK)
+        if maps.shape != images.shape[:3]:
+            raise ValueError(f"{_NETWORK} gave maps of {maps.shape[1:]} for {images.shape[1:3]}")
+        if not (maps.min() >= 0.0 and maps.max() <= 1.0):
+            raise ValueError(f"{_NETWORK} gave values outside [0, 1]; probabilities are wanted")
+        lines = [contours(one).astype(np.uint8) * np.uint8(255) for one in maps]
+        return np.stack([self._thicken(one) for one in lines])
+
+    def _canny(self, image: np.ndarray) -> np.ndarray:
         import cv2
 
         height, width = image.shape[:2]
@@ -107,8 +146,8 @@ class Sketch(Condition):
 
     def parse(self, text, tool=None):
         """A drawing (thin ink on black or white ground, path or array), or a photo, whose contours
-        are taken; a .npy; returns lines uint8 [h, w], 0 or 255, of the stroke of their size."""
-        del tool
+        are taken as `extract` takes them; a .npy; returns lines uint8 [h, w], 0 or 255, of the
+        stroke of their size."""
         is_path = isinstance(text, str | os.PathLike)
         is_npy = is_path and str(text).lower().endswith(".npy")
         array = load_array(text) if is_npy else text if is_path else np.asarray(text)
@@ -118,7 +157,7 @@ class Sketch(Condition):
         image = load_image(array)
         ink = _ink(image)
         if ink is None:
-            return self._lines(image)
+            return self.extract(image[None], tool=tool)[0]
         if np.isin(image, (0, 255)).all() and _core(ink, self._width(ink.shape) + 2) < 0.02:
             return ink  # drawn by a machine, and no wider than ours
         return self._thicken(_skeleton(ink))
@@ -133,8 +172,7 @@ class Sketch(Condition):
         At most 1; what chance would reach is 0. Returns nan where lines cover under 2 % of
         `wanted`, too little to measure on: evaluation leaves such images out and counts them.
         """
-        del tool
-        found = self._lines(load_image(image)) > 0
+        found = self.extract(load_image(image)[None], tool=tool)[0] > 0
         lines = self.fit(wanted, found.shape) > 0
         if lines.mean() < 0.02:
             return float("nan")

@@ -10,7 +10,9 @@ A training workdir holds one under `model/` and can be given wherever a model di
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from flax import nnx
 from composer_jax.models.composer import Composer, ComposerConfig
 from composer_jax.models.detectors import DepthConfig, DepthRegressor
 from composer_jax.models.files import (
+    FORMAT,
+    Tensor,
     fill_module,
     module_tensors,
     open_tensors,
@@ -28,9 +32,9 @@ from composer_jax.models.files import (
     write_json,
     write_tensors,
 )
-from composer_jax.models.vae import VAE, VAEConfig
+from composer_jax.models.pretrained import open_vae
+from composer_jax.models.vae import VAE
 
-FORMAT = 1
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = ASSETS / "scenes64"
 
@@ -61,45 +65,61 @@ def find_part(where: str | Path, part: str) -> Path:
 
 def save_part(folder: Path, part: VAE | DepthRegressor, dtype: str | None = None) -> None:
     """Writes a network's config and tensors into `folder`, replacing it in one move."""
-    with _replacing(folder) as new:
-        write_json(new / "config.json", {"format": FORMAT, **part.config.to_dict()})
-        tensors = module_tensors(part)
-        if dtype:
-            tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
+    kind = {VAE: "vae", DepthRegressor: "depth"}[type(part)]
+    tensors = module_tensors(part)
+    if dtype:
+        tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
+    write_part(folder, {"kind": kind, **part.config.to_dict()}, tensors)
+
+
+def write_part(folder: Path, config: Mapping, tensors: Mapping[str, Tensor]) -> None:
+    """Writes config.json and model.safetensors, one tensor in memory at a time.
+
+    `folder` is replaced in one move, when all is written.
+    """
+    with replacing(folder) as new:
+        write_json(new / "config.json", {"format": FORMAT, **config})
         write_tensors(new / "model.safetensors", tensors)
 
 
-def load_codec(folder: Path, dtype=jnp.float32) -> VAE:
-    """Reads a codec of `save_part`; raises ValueError, one line, where something is off."""
-    return _load_part(folder, VAE, VAEConfig, dtype)
+def load_codec(where: str | Path, dtype=jnp.float32) -> VAE:
+    """The codec "bundled", of a directory of ours or Stable Diffusion's (`pretrained.open_vae`).
+
+    Raises ValueError, one line, where something is off.
+    """
+    return open_vae(BUNDLED if str(where) == "bundled" else where).load(dtype)
 
 
 def load_depth(folder: Path, dtype=jnp.float32) -> DepthRegressor:
     """Reads a depth regressor of `save_part`; raises ValueError where something is off."""
-    return _load_part(folder, DepthRegressor, DepthConfig, dtype)
-
-
-def _load_part(folder: Path, network, config_class, dtype):
     values = read_json(folder / "config.json")
-    values.pop("format", None)
-    config = config_class.from_dict(values)
-    part = nnx.eval_shape(lambda: network(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    values = {key: value for key, value in values.items() if key not in ("format", "kind")}
+    config = DepthConfig.from_dict(values)
+    part = nnx.eval_shape(lambda: DepthRegressor(config, dtype=dtype, rngs=nnx.Rngs(0)))
     _fill(part, folder / "model.safetensors")
     return part
 
 
-def save_model(folder: Path, composer: Composer, vae: Path, clip: Path, info: dict) -> None:
+def save_model(folder: Path, composer: Composer, parts: Path, info: dict) -> None:
     """Writes a model directory, replacing an older one in one move.
 
-    `vae`, `clip`: folders that are copied in; `info`: process, sampler defaults, origin.
+    `parts`: a folder with `vae` and `clip`, whose files are linked in, or copied where links are
+    not possible; `info`: process, sampler defaults, origin.
     """
-    with _replacing(folder) as new:
+    with replacing(folder) as new:
         absent = {name: list(parts) for name, parts in composer.absent.items()}
         head = {"format": FORMAT, "composer": composer.config.to_dict(), "absent": absent}
         write_json(new / "model.json", {**head, **info})
         write_tensors(new / "unet.safetensors", module_tensors(composer))
-        shutil.copytree(vae, new / "vae")
-        shutil.copytree(clip, new / "clip")
+        for part in ("vae", "clip"):
+            shutil.copytree(parts / part, new / part, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def load_model(where: str | Path | None = None, dtype=jnp.float32) -> Model:
@@ -129,14 +149,14 @@ def load_model(where: str | Path | None = None, dtype=jnp.float32) -> Model:
 
     composer = nnx.eval_shape(build)
     _fill(composer, folder / "unet.safetensors")
-    return Model(composer, load_codec(folder / "vae", dtype), folder / "clip", info)
+    return Model(composer, load_codec(folder, dtype), folder / "clip", info)
 
 
 def _fill(module: nnx.Module, path: Path) -> None:
     fill_module(module, open_tensors(path), str(path))
 
 
-class _replacing:
+class replacing:
     """Gives a new empty folder that takes the old one's place when all went well."""
 
     def __init__(self, folder: Path):

@@ -24,7 +24,7 @@ from composer_jax.models.composer import Composer, ComposerConfig, Constant
 from composer_jax.models.detectors import DepthConfig, DepthRegressor, depth_loss
 from composer_jax.models.unet import UNetConfig
 from composer_jax.models.vae import VAE, VAEConfig, codec_loss, pca_skip, standardised
-from composer_jax.storage.models import find_part, load_codec, save_model, save_part
+from composer_jax.storage.models import find_part, load_codec, replacing, save_model, save_part
 from composer_jax.training.state import TrainState
 from composer_jax.training.step import Loss, example_keys
 
@@ -138,8 +138,8 @@ def depth_task(config, source: Source, workdir: Path) -> Task:
 
 def composer_task(config, source: Source, workdir: Path) -> Task:
     """The composer on latents of a fixed codec and embeddings of a fixed CLIP."""
-    vae_folder, clip_folder = find_part(config.codec, "vae"), find_part(config.clip, "clip")
-    vae, clip = load_codec(vae_folder), Clip.load(clip_folder)
+    vae = load_codec(config.codec)
+    clip = Clip.load(find_part("bundled", "clip") if config.clip == "bundled" else config.clip)
     tools = {"clip": clip}
     if source.size % vae.factor:
         raise ValueError(f"image size {source.size} is not a multiple of the codec's {vae.factor}")
@@ -193,8 +193,12 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
 
     def export(state: TrainState) -> None:
         composer = nnx.merge(graph, jax.device_get(state.ema), constants)
-        folder = workdir / "model"
-        save_model(folder, composer, vae_folder, clip_folder, info | {"step": int(state.step)})
+        parts = workdir / "parts"
+        if not parts.is_dir():  # the fixed networks, written once
+            with replacing(parts) as new:
+                save_part(new / "vae", vae)
+                clip.save(new / "clip")
+        save_model(workdir / "model", composer, parts, info | {"step": int(state.step)})
 
     return Task(
         lambda: nnx.state(create(), nnx.Param),

@@ -95,9 +95,9 @@ def test_configs_are_strict():
 
 def test_the_bundled_codec_is_good():
     from composer_jax.data.scenes import Scenes
-    from composer_jax.storage.models import find_part, load_codec
+    from composer_jax.storage.models import load_codec
 
-    vae = load_codec(find_part("bundled", "vae"))
+    vae = load_codec("bundled")
     images = Scenes(16, size=64, split="test").batch(range(16))["image"].astype(np.float32)
     decoded = nnx.jit(lambda vae, x: vae.decode(vae.latents(vae.encode(x))))(
         vae, jnp.asarray(images) / 127.5 - 1.0
