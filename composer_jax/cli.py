@@ -14,6 +14,7 @@ COMMANDS = {
     "quickstart": "the whole way in minutes, on CPU, ending in a report",
     "decompose": "take images apart into their conditions",
     "train": "train a composer, or its codec, CLIP or depth regressor",
+    "convert": "bring Stable Diffusion, CLIP and depth weights in, take networks to diffusers",
     "sample": "make images from any subset of conditions",
 }
 

@@ -30,6 +30,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.image_size = 64
     config.codec = "bundled"
     config.clip = "bundled"
+    config.clip_text = dict(skip=0, pad="")
+    config.init_from = ""
+    config.trainable = ""  # a regular expression on parameters' names; empty: all
     config.conditions = ()  # empty: all that the source can give
     config.seed = 0
     config.steps = 4000

@@ -6,6 +6,7 @@ import argparse
 import logging
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +21,9 @@ from composer_jax.training.config import keep_config, load_config
 from composer_jax.training.loop import Interrupted, Settings
 from composer_jax.training.loop import train as run_loop
 from composer_jax.training.state import make_optimizer
+from composer_jax.training.step import only
 from composer_jax.training.tasks import Task, make_task
+from composer_jax.training.warm_start import start_from
 
 PREFIX = "--config."
 SHOWN = 8  # held-out examples in a sample grid
@@ -78,6 +81,7 @@ def train(config: ConfigDict, workdir: Path) -> Task:
         sharding=tuple(config.sharding),
     )
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
+    loss, optimizer = only(config.get("trainable", ""), task.loss, optimizer)
     shown = config.sample_every and config.task in ("codec", "composer")
     hooks = [_grids(task, workdir)] if shown else []
 
@@ -85,7 +89,8 @@ def train(config: ConfigDict, workdir: Path) -> Task:
         if jax.process_index() == 0:
             task.export(state)
 
-    run_loop(task.init, task.loss, optimizer, task.batch, settings, workdir, hooks, on_save=export)
+    warm = partial(start_from, tensors=task.start) if task.start else None
+    run_loop(task.init, loss, optimizer, task.batch, settings, workdir, hooks, export, warm)
     return task
 
 

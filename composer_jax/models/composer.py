@@ -287,12 +287,20 @@ def grow(model: Composer, name: str, absent: Values | None = None, *, rngs: nnx.
     config = replace(model.config, conditions=(*model.config.conditions, name))
     old = {key: {part: v[...] for part, v in parts.items()} for key, parts in model.absent.items()}
     new = Composer(config, {**old, **(absent or {})}, dtype=model.dtype, rngs=rngs)
-    for key in (f"{name}_{part_name}" for part_name in config.parts(name)):
-        last = [new.stems[key].conv_out] if key in new.stems else []
-        last += [new.embeddings[key].linear_2] if key in new.embeddings else []
-        if key in new.tokens:
-            last += [getattr(new.tokens[key], "linear_2", new.tokens[key])]
-        for layer in last:
-            layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+    silence(new, name)
+    for part_name in config.parts(name):
+        if f"{name}_{part_name}" in new.stems:
+            last = new.stems[f"{name}_{part_name}"].conv_out
+            last.kernel[...] = jnp.zeros_like(last.kernel[...])
     nnx.update(new, nnx.state(model))
     return new
+
+
+def silence(model: Composer, name: str) -> None:
+    """Sets the last layers of a condition's projections, into embedding and tokens, to zero."""
+    for projections in (model.embeddings, model.tokens):
+        for part_name in model.config.parts(name):
+            if f"{name}_{part_name}" in projections:
+                projection = projections[f"{name}_{part_name}"]
+                last = getattr(projection, "linear_2", projection)
+                last.kernel[...] = jnp.zeros_like(last.kernel[...])

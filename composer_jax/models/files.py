@@ -38,8 +38,17 @@ class Tensor:
         return Tensor(shape, self.dtype, lambda: change(self.read()))
 
     def cast(self, dtype) -> Tensor:
-        """The same as another dtype."""
-        return Tensor(self.shape, jnp.dtype(dtype), lambda: self.read().astype(dtype))
+        """The same as another dtype; `read` raises ValueError for a number too large for it."""
+        dtype = jnp.dtype(dtype)
+
+        def read() -> np.ndarray:
+            with np.errstate(over="ignore"):
+                array = self.read().astype(dtype)
+            if not np.isfinite(array).all():
+                raise ValueError(f"a tensor {list(self.shape)} holds numbers too large for {dtype}")
+            return array
+
+        return Tensor(self.shape, dtype, read)
 
 
 Tensors = Mapping[str, Tensor]

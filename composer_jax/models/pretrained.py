@@ -47,6 +47,7 @@ class Kind:
     config: type
     peer: str  # diffusers' class
     from_diffusers: Callable[[Mapping], Any]
+    to_diffusers: Callable[[Any], dict]
     from_compvis: Callable[[Mapping[str, Tensor]], tuple[Any, Rules]]
 
 
@@ -54,9 +55,9 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("unet", UNet, UNetConfig, "UNet2DConditionModel",
-             layouts.unet_from_diffusers, layouts.unet_from_compvis),
+             layouts.unet_from_diffusers, layouts.unet_to_diffusers, layouts.unet_from_compvis),
         Kind("vae", VAE, VAEConfig, "AutoencoderKL",
-             layouts.vae_from_diffusers, layouts.vae_from_compvis),
+             layouts.vae_from_diffusers, layouts.vae_to_diffusers, layouts.vae_from_compvis),
     )
 }  # fmt: skip
 
@@ -84,12 +85,31 @@ class Pretrained:
 
 def open_unet(source) -> Pretrained:
     """The UNet of a source; raises ValueError, one line, where there is none or it is broken."""
-    return _open(source, KINDS["unet"])
+    return open_network(source, "unet")
 
 
 def open_vae(source) -> Pretrained:
     """The codec of a source; raises ValueError, one line, where there is none or it is broken."""
-    return _open(source, KINDS["vae"])
+    return open_network(source, "vae")
+
+
+def open_network(source, name: str) -> Pretrained:
+    """The network of a source that `name`, one of KINDS, says; raises ValueError as `open_unet`."""
+    kind = KINDS[name]
+    if Path(source).is_file():
+        return _compvis(Path(source), kind)
+
+    def missing(folder: Path) -> str:
+        return "" if _place(folder, kind) else f"{kind.name}/config.json"
+
+    choose = partial(_choose, folders=(kind.name, "scheduler", ""))
+    root = find_folder(source, kind.name, choose, missing)
+    place = _place(root, kind)
+    values = read_json(member(root, place))
+    try:
+        return (_ours if "format" in values else _diffusers)(root, place, values, kind)
+    except (TypeError, AttributeError, KeyError) as error:  # a config's value of another type
+        raise ValueError(f"{root / place} is broken: {error!r}") from error
 
 
 def find_source(source) -> Path:
@@ -111,23 +131,6 @@ def kinds_in(source: Path) -> list[str]:
         prefixes = layouts.COMPVIS_PREFIX.items()
         return [kind for kind, prefix in prefixes if any(n.startswith(prefix) for n in names)]
     return [name for name, kind in KINDS.items() if _place(source, kind)]
-
-
-def _open(source, kind: Kind) -> Pretrained:
-    if Path(source).is_file():
-        return _compvis(Path(source), kind)
-
-    def missing(folder: Path) -> str:
-        return "" if _place(folder, kind) else f"{kind.name}/config.json"
-
-    choose = partial(_choose, folders=(kind.name, "scheduler", ""))
-    root = find_folder(source, kind.name, choose, missing)
-    place = _place(root, kind)
-    values = read_json(member(root, place))
-    try:
-        return (_ours if "format" in values else _diffusers)(root, place, values, kind)
-    except (TypeError, AttributeError, KeyError) as error:  # a config's value of another type
-        raise ValueError(f"{root / place} is broken: {error!r}") from error
 
 
 def _diffusers(root: Path, place: str, values: dict, kind: Kind) -> Pretrained:
@@ -152,7 +155,10 @@ def _compvis(path: Path, kind: Kind) -> Pretrained:
         config, rules = kind.from_compvis(tensors)
     except (ValueError, IndexError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return _translated(kind, config, tensors, path, {}, rules)
+    process = {}  # of a UNet with linear layers, Stable Diffusion 2's, there are both kinds
+    if kind.name == "unet" and not config.use_linear_projection:
+        process = layouts.process_from_diffusers({})
+    return _translated(kind, config, tensors, path, process, rules)
 
 
 def _translated(kind: Kind, config, tensors, path: Path, process, rules) -> Pretrained:

@@ -63,6 +63,12 @@ def find_part(where: str | Path, part: str) -> Path:
     raise ValueError(f"{folder} holds no {part}/config.json; give a {part} folder or 'bundled'")
 
 
+def clip_source(where: str | Path) -> Path | str:
+    """What `Clip.load` takes: the folder of "bundled", of a directory, or a hub's name as it is."""
+    known = str(where) == "bundled" or Path(where).exists()
+    return find_part(where, "clip") if known else where
+
+
 def save_part(folder: Path, part: VAE | DepthRegressor, dtype: str | None = None) -> None:
     """Writes a network's config and tensors into `folder`, replacing it in one move."""
     kind = {VAE: "vae", DepthRegressor: "depth"}[type(part)]

@@ -60,11 +60,13 @@ def train(
     workdir: Path,
     hooks: Sequence[Hook] = (),
     on_save: Hook | None = None,
+    warm: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
     """Trains from the newest checkpoint in `workdir`, or from `init()`, to `settings.steps`.
 
     `init()` gives parameters; `batch(step)` this process's part of a batch, numpy arrays;
-    `hooks` are called every `hook_every` steps and at the end, `on_save` beside each checkpoint.
+    `hooks` are called every `hook_every` steps and at the end, `on_save` beside each checkpoint;
+    `warm` puts trained weights into a new state.
     SIGTERM and Ctrl-C save and raise `Interrupted`. Writes metrics.jsonl and TensorBoard events.
     Raises FloatingPointError, naming the step, where the loss is not finite; the last checkpoint
     stays.
@@ -82,6 +84,7 @@ def train(
         state = checkpoints.restore(abstract)
     else:
         state = jax.jit(create, out_shardings=shardings)()
+        state = warm(state) if warm else state
 
     to_device = partial(_to_device, sharding=batch_sharding(mesh))
     step_fn = partial(train_step, loss=loss, optimizer=optimizer, ema_decay=settings.ema)

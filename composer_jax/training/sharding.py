@@ -35,6 +35,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def dotted(path) -> str:
+    """The name of a leaf by its key path: "unet.conv_in.kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
 def shard_tree(tree, mesh: Mesh, rules: Sequence[tuple[str, str]]):
     """Shardings of a tree of arrays (or their shapes): the first rule whose pattern matches wins.
 
@@ -44,7 +49,7 @@ def shard_tree(tree, mesh: Mesh, rules: Sequence[tuple[str, str]]):
     """
 
     def one(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = dotted(path)
         tactic = next((t for pattern, t in rules if re.search(pattern, name)), "replicate")
         return NamedSharding(mesh, _spec(leaf.shape, mesh, tactic))
 

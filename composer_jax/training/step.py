@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from composer_jax.training.sharding import dotted
 from composer_jax.training.state import TrainState
 
 Loss = Callable[[dict, dict, jax.Array], tuple[jax.Array, dict]]
@@ -16,6 +18,32 @@ Loss = Callable[[dict, dict, jax.Array], tuple[jax.Array, dict]]
 def example_keys(key: jax.Array, count: int) -> jax.Array:
     """A key for each example of a batch: a function of the key and the example's index alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+
+
+def only(
+    pattern: str, loss: Loss, optimizer: optax.GradientTransformation
+) -> tuple[Loss, optax.GradientTransformation]:
+    """Loss and optimizer that train what `pattern`, a regular expression, finds, and no more.
+
+    It is searched in the dotted paths of parameters; "" finds all. The others get no gradient, no
+    weight decay and no optimizer state. Raises ValueError, when called, where it finds none.
+    """
+
+    def trains(params):
+        found = jax.tree_util.tree_map_with_path(
+            lambda path, _: re.search(pattern, dotted(path)) is not None, params
+        )
+        if not any(jax.tree.leaves(found)):
+            raise ValueError(f"trainable {pattern!r} finds no parameter")
+        return found
+
+    def part(params, batch, key):
+        held = jax.tree.map(
+            lambda on, p: p if on else jax.lax.stop_gradient(p), trains(params), params
+        )
+        return loss(held, batch, key)
+
+    return part, optax.masked(optimizer, trains)
 
 
 def train_step(

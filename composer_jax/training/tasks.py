@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,26 +20,33 @@ from composer_jax.data.prepare import available, fingerprint, prepare
 from composer_jax.data.sources import Source
 from composer_jax.diffusion.process import Process
 from composer_jax.models.clip import Clip, small_clip
-from composer_jax.models.composer import Composer, ComposerConfig, Constant
+from composer_jax.models.composer import Composer, ComposerConfig, Constant, silence
 from composer_jax.models.detectors import DepthConfig, DepthRegressor, depth_loss
+from composer_jax.models.files import Tensor
+from composer_jax.models.pretrained import open_unet
 from composer_jax.models.unet import UNetConfig
 from composer_jax.models.vae import VAE, VAEConfig, codec_loss, pca_skip, standardised
-from composer_jax.storage.models import find_part, load_codec, replacing, save_model, save_part
+from composer_jax.storage.models import clip_source, load_codec, replacing, save_model, save_part
 from composer_jax.training.state import TrainState
 from composer_jax.training.step import Loss, example_keys
+from composer_jax.training.warm_start import around
 
 log = logging.getLogger("composer_jax")
 
 
 @dataclass(frozen=True)
 class Task:
-    """`init()` gives parameters; `batch(step)` a batch; `export(state)` writes `workdir/model`."""
+    """`init()` gives parameters; `batch(step)` a batch; `export(state)` writes `workdir/model`.
+
+    `start`: trained weights by parameter, which a new run begins with.
+    """
 
     init: Callable[[], Any]
     loss: Loss
     batch: Callable[[int], Any]
     export: Callable[[TrainState], None]
     pool: Mapping[str, Any]
+    start: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def make_task(config, source: Source, workdir: Path) -> Task:
@@ -139,7 +146,8 @@ def depth_task(config, source: Source, workdir: Path) -> Task:
 def composer_task(config, source: Source, workdir: Path) -> Task:
     """The composer on latents of a fixed codec and embeddings of a fixed CLIP."""
     vae = load_codec(config.codec)
-    clip = Clip.load(find_part("bundled", "clip") if config.clip == "bundled" else config.clip)
+    clip_text = {"skip": config.clip_text.skip, "pad": config.clip_text.pad or None}
+    clip = Clip.load(clip_source(config.clip), **clip_text)
     tools = {"clip": clip}
     if source.size % vae.factor:
         raise ValueError(f"image size {source.size} is not a multiple of the codec's {vae.factor}")
@@ -165,8 +173,13 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
     absent = _absent(names, tools)
     dtype = jnp.dtype(config.dtype)
 
+    start = _start(config, composer_config, process)
+
     def create() -> Composer:
-        return Composer(composer_config, absent, dtype=dtype, rngs=nnx.Rngs(config.seed))
+        composer = Composer(composer_config, absent, dtype=dtype, rngs=nnx.Rngs(config.seed))
+        for name in names if start else ():
+            silence(composer, name)
+        return composer
 
     graph = nnx.graphdef(nnx.eval_shape(create))
     constants = jax.jit(lambda: nnx.state(create(), Constant))()
@@ -189,6 +202,7 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
         "image_size": source.size,
         "sampler": config.sampler.to_dict(),
         "source": source.name,
+        "clip_text": clip_text,
     }
 
     def export(state: TrainState) -> None:
@@ -206,7 +220,23 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
         batches(pool, config.batch, config.seed),
         export,
         pool,
+        start,
     )
+
+
+def _start(config, composer_config: ComposerConfig, process: Process) -> dict[str, Tensor]:
+    """The weights that `config.init_from` names, {} for none; raises ValueError where it and the
+    config ask for different things."""
+    if not config.init_from:
+        return {}
+    unet = open_unet(config.init_from)
+    for key, value in unet.process.items():
+        if process.to_dict()[key] != value:
+            raise ValueError(
+                f"process.{key} is {process.to_dict()[key]!r}; {config.init_from} was trained with "
+                f"{value!r}"
+            )
+    return around(unet, composer_config)
 
 
 def composer_loss(

@@ -1,0 +1,146 @@
+"""`composer convert SOURCE --out DIR`: Stable Diffusion, CLIP, depth networks in; diffusers out.
+
+Tensors pass one by one: no network is ever in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from composer_jax.models import layouts
+from composer_jax.models.dpt_files import is_dpt, open_dpt
+from composer_jax.models.files import FORMAT, Tensor, member, read_json, write_json, write_tensors
+from composer_jax.models.peers import to_peer
+from composer_jax.models.pretrained import (
+    DIFFUSERS,
+    SCHEDULER,
+    Pretrained,
+    find_source,
+    kinds_in,
+    open_network,
+)
+from composer_jax.storage.models import replacing
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A network to write: its folder, the JSON files and the tensors, with the file's name."""
+
+    folder: str
+    texts: Mapping[str, Mapping[str, Any]]
+    weights: str
+    tensors: Mapping[str, Tensor]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("source", help="directory, .safetensors file or hub name")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write into")
+    parser.add_argument("--to", choices=("ours", "diffusers"), default="ours", help="layout")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: as they are)")
+    parser.add_argument(
+        "--prediction",
+        choices=tuple(layouts.PREDICTIONS.values()),
+        help="what the UNet predicts, where the source does not say it",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes a folder for each network in SOURCE; nothing of OUT changes before all are written."""
+    source = find_source(args.source)
+    kinds = kinds_in(source)
+    if args.to == "diffusers":
+        outputs = _for_diffusers([open_network(source, kind) for kind in kinds], args.prediction)
+    else:
+        outputs = [_ours(open_network(source, kind), args.prediction) for kind in kinds]
+        outputs += [found] if (found := _other(source)) else []
+    if not outputs:
+        raise ValueError(
+            f"{args.source} holds no network that can be converted to {args.to!r}: no unet or vae "
+            "of Stable Diffusion, no CLIP, no Depth Anything or DPT"
+        )
+    stage = args.out.with_name(args.out.name + ".converting")
+    with replacing(stage) as new:
+        for output in outputs:
+            _write(new / output.folder, output, args.dtype)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for output in outputs:
+        shutil.rmtree(args.out / output.folder, ignore_errors=True)
+        (stage / output.folder).rename(args.out / output.folder)
+    stage.rmdir()
+    print(f"wrote {', '.join(output.folder for output in outputs)} in {args.out}")
+
+
+def _ours(found: Pretrained, prediction: str | None) -> Output:
+    process = {"process": _process(found, prediction)} if found.kind.name == "unet" else {}
+    config = {"format": FORMAT, "kind": found.kind.name, **process, **found.config.to_dict()}
+    return Output(found.kind.name, {"config.json": config}, "model.safetensors", found.tensors)
+
+
+def _for_diffusers(networks: list[Pretrained], prediction: str | None) -> list[Output]:
+    outputs = []
+    for found in networks:
+        name = found.kind.name
+        config = found.kind.to_diffusers(found.config)
+        texts, weights = {"config.json": config}, f"{DIFFUSERS}.safetensors"
+        outputs.append(Output(name, texts, weights, to_peer(found.tensors)))
+        if name == "unet":
+            scheduler = layouts.process_to_diffusers(_process(found, prediction))
+            outputs.append(Output("scheduler", {Path(SCHEDULER).name: scheduler}, "", {}))
+    return outputs
+
+
+def _process(found: Pretrained, prediction: str | None) -> dict:
+    known = dict(found.process)
+    if not known and prediction is None:
+        raise ValueError(
+            f"{found.where} does not say what its UNet predicts; give --prediction eps or v "
+            "(of Stable Diffusion 2, the 512 px base predicts eps, the 768 px model v)"
+        )
+    if known and prediction not in (None, known["prediction"]):
+        raise ValueError(
+            f"--prediction is {prediction}; {found.where} was trained for {known['prediction']}"
+        )
+    return known or {"prediction": prediction, "schedule": "sd", "zero_terminal_snr": False}
+
+
+def _other(source: Path) -> Output | None:
+    """A depth network, of transformers' layout or ours."""
+    if not (source / "config.json").is_file():
+        return None
+    if is_dpt(read_json(member(source, "config.json"))):
+        config, tensors = open_dpt(source)
+        values = {"format": FORMAT, "kind": "dpt", **config.to_dict()}
+        return Output("depth", {"config.json": values}, "model.safetensors", tensors)
+    return None
+
+
+def _write(folder: Path, output: Output, dtype: str | None) -> None:
+    folder.mkdir(parents=True)
+    for name, values in output.texts.items():
+        write_json(folder / name, values)
+    if not output.weights:
+        return
+    tensors = output.tensors
+    if dtype:
+        tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
+    with tqdm(total=len(tensors), unit="tensor", desc=output.folder) as bar:
+        counted = {name: _counted(tensor, bar.update) for name, tensor in tensors.items()}
+        write_tensors(folder / output.weights, counted)
+
+
+def _counted(tensor: Tensor, count: Callable[[], Any]) -> Tensor:
+    def read():
+        count()
+        return tensor.read()
+
+    return replace(tensor, read=read)
