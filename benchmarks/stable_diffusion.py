@@ -72,10 +72,12 @@ def in_child(function, *args) -> None:
 
 def report(name: str, size: int, *command: str) -> None:
     """Runs a command; prints its seconds and its peak memory over the size of the weights."""
-    start, pid = time.perf_counter(), subprocess.Popen(command, stderr=subprocess.DEVNULL).pid
-    _, status, usage = os.wait4(pid, 0)
+    start = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = status
     if status:
-        sys.exit(f"{name} failed: {' '.join(command)}")
+        sys.exit(f"{name} failed with {status}: {' '.join(command)}")
     seconds, peak = time.perf_counter() - start, usage.ru_maxrss * 1024
     print(f"{name}: {seconds:.1f} s, peak {peak / 1e9:.2f} GB, {peak / size:.2f} x the weights")
 

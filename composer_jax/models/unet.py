@@ -296,7 +296,7 @@ class UNet(nnx.Module):
         `context_bias` joins the logits of cross-attention (`MASKED`: not seen); `extra_embedding`
         is added to the timestep embedding.
         """
-        projected = self.project_context(context) if isinstance(context, jax.Array) else context
+        projected = context if isinstance(context, list) else self.project_context(context)
         projected = list(projected)
         sinusoids = timestep_embedding(timesteps, self.config.block_out_channels[0])
         embedding = self.time_embedding(sinusoids.astype(self.dtype))

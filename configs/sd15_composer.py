@@ -1,0 +1,80 @@
+"""A composer around Stable Diffusion 1.5: eight conditions, 512 px, eps, warm start.
+
+    composer train --config sd15_composer --workdir runs/sd15 --config.source=folder:IMAGES \\
+        --config.tools.depth=depth-anything/Depth-Anything-V2-Small-hf
+
+`init_from` gives UNet and codec; `clip` is named apart, because the directories of Stable
+Diffusion hold a text encoder alone. At step 0 the composer with only a caption is Stable Diffusion.
+What trains is a pattern on the names of parameters:
+
+    --config.trainable=                                       all
+    --config.trainable='^(?!unet\\.)|^unet\\.conv_in'          the new ones alone
+    --config.trainable='^(?!unet\\.)|^unet\\.conv_in|attn2'    and cross-attention
+
+`:smoke` is a run of seconds for tests, around any small UNet that `init_from` names.
+"""
+
+from ml_collections import ConfigDict
+
+from composer_jax.models.unet import PRESETS
+
+LOCAL = 16  # channels that local conditions add to the UNet's input
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    unet = PRESETS["sd15"].to_dict()
+    config = ConfigDict()
+    config.task = "composer"
+    config.source = "folder:images"
+    config.image_size = 512
+    config.init_from = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    config.trainable = ""
+    config.codec = config.init_from
+    config.clip = "openai/clip-vit-large-patch14"
+    config.clip_text = dict(skip=0, pad="")
+    config.tools = dict(depth="", segmenter="", edges="")
+    config.conditions = ()
+    config.seed = 0
+    config.steps = 100_000
+    config.batch = 64
+    config.dtype = "bfloat16"
+    config.model = dict(
+        unet={**unet, "in_channels": unet["in_channels"] + LOCAL},
+        local_channels=LOCAL,
+        stem_width=128,
+        tokens_per_vector=4,
+        context_length=128,
+    )
+    config.process = dict(prediction="eps", schedule="sd")
+    config.drop_all = 0.1
+    config.keep_all = 0.1
+    config.optimizer = dict(
+        learning_rate=5e-5, warmup=1000, decay=0.1, weight_decay=0.01, clip=1.0, betas=(0.9, 0.999)
+    )
+    config.ema = 0.9999
+    config.mesh = dict(data=1, fsdp=-1, tensor=1)
+    config.sharding = (("kernel", "fsdp"),)
+    config.log_every = 50
+    config.save_every = 2000
+    config.sample_every = 10_000
+    config.sampler = dict(solver="dpmpp2m", steps=30, guidance=3.0)
+    if variant == "smoke":
+        config.source, config.image_size = "scenes:64", 64
+        config.codec = config.clip = "bundled"
+        config.init_from = ""
+        config.steps, config.batch, config.log_every, config.sample_every = 2, 8, 1, 0
+        config.dtype = "float32"
+        config.mesh = dict(data=-1, fsdp=1, tensor=1)
+        config.optimizer.warmup = 1
+        config.model.update(stem_width=16, context_length=72)
+        config.model.unet.update(
+            block_out_channels=(16, 32),
+            attention=(True, False),
+            heads=(2, 2),
+            layers_per_block=1,
+            cross_attention_dim=128,
+            norm_num_groups=4,
+        )
+    elif variant:
+        raise ValueError(f"there is no variant {variant!r}; there is smoke")
+    return config

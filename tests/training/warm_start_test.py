@@ -1,0 +1,138 @@
+"""Warm start: the composer is the UNet it was built around, until something new is trained."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from composer_jax import conditions
+from composer_jax.commands.train import train
+from composer_jax.models.composer import Composer, ComposerConfig, silence
+from composer_jax.models.files import module_tensors, write_json, write_tensors
+from composer_jax.models.layouts import process_to_diffusers, unet_to_diffusers
+from composer_jax.models.peers import to_peer
+from composer_jax.models.pretrained import open_unet
+from composer_jax.models.unet import UNet, UNetConfig
+from composer_jax.training.config import load_config
+from composer_jax.training.state import create_state
+from composer_jax.training.warm_start import around, start_from
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory, perturbed):
+    """A small Stable Diffusion as diffusers lays it out, and its UNet."""
+    folder = tmp_path_factory.mktemp("sd")
+    config = UNetConfig.from_dict(load_config("sd15_composer:smoke").model.unet.to_dict())
+    unet = perturbed(UNet(replace(config, in_channels=4), rngs=nnx.Rngs(0)), 1)
+    (folder / "unet").mkdir()
+    (folder / "scheduler").mkdir()
+    write_json(folder / "unet" / "config.json", unet_to_diffusers(unet.config))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    write_tensors(weights, to_peer(module_tensors(unet)))
+    eps = {"prediction": "eps", "schedule": "sd", "zero_terminal_snr": False}
+    write_json(folder / "scheduler" / "scheduler_config.json", process_to_diffusers(eps))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def started(sd):
+    """A composer of all eight conditions around it, before its first step."""
+    config = load_config("sd15_composer:smoke")
+    sizes = {"text_length": 6, "text_width": 128, "embed_width": 10}
+    names, unet = tuple(conditions.names()), UNetConfig.from_dict(config.model.unet.to_dict())
+    config = ComposerConfig(unet, names, sizes, factor=4, stem_width=8, context_length=32)
+    absent = {"caption": {"tokens": jnp.full((6, 128), 0.1), "vector": jnp.full((10,), 0.1)}}
+    composer = Composer(config, absent, rngs=nnx.Rngs(0))
+    for name in names:
+        silence(composer, name)
+    params = nnx.state(composer, nnx.Param)
+    state = start_from(create_state(params, optax.sgd(1.0)), around(open_unet(sd), config))
+    nnx.update(composer, state.params)
+    return composer
+
+
+def values_of(config: ComposerConfig, batch: int) -> dict:
+    rng = np.random.default_rng(0)
+
+    def draw(part):
+        shape = (64, 64, part.shape[-1]) if part.kind == "spatial" else part.shape
+        return jnp.asarray(rng.random((batch, *shape), np.float32))
+
+    return {
+        name: {key: draw(part) for key, part in config.parts(name).items()}
+        for name in config.conditions
+    }
+
+
+def test_with_a_caption_alone_it_is_the_unet_it_came_from(sd, started):
+    config, t = started.config, jnp.asarray([7.0, 640.0])
+    values, x_t = values_of(config, 2), jax.random.normal(jax.random.key(0), (2, 16, 16, 4))
+    strength = jnp.asarray([[float(name == "caption") for name in config.conditions]] * 2)
+
+    @nnx.jit
+    def both(unet, composer):
+        encoded, absent = composer.encode(values), composer.encode_absent()
+        found = composer(x_t, t, encoded, absent, strength)
+        return found, unet(x_t, t, values["caption"]["tokens"])
+
+    found, wanted = map(np.asarray, both(open_unet(sd).load(), started))
+    assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+    assert len(config.conditions) == 8
+
+
+def test_the_first_gradient_is_finite_and_opens_every_condition(started):
+    graph, params, rest = nnx.split(started, nnx.Param, ...)
+    values, x_t = values_of(started.config, 1), jnp.ones((1, 16, 16, 4))
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            composer = nnx.merge(graph, params, rest)
+            given = composer.encode(values), composer.encode_absent(), jnp.ones((1, 8))
+            return jnp.mean(composer(x_t, jnp.asarray([300.0]), *given) ** 2)
+
+        return jax.grad(loss)(params)
+
+    found = {
+        name: t.read()
+        for name, t in module_tensors(nnx.merge(graph, gradient(params), rest)).items()
+    }
+    assert all(np.isfinite(array).all() for array in found.values())
+    starts = [name for name in found if re.search(r"(embeddings|tokens)\..*linear_2", name)]
+    assert len(starts) == 10  # weights and biases: two tokens' vectors, three timestep embeddings
+    for name in starts:
+        assert np.abs(found[name]).max() > 0, name
+    assert np.abs(found["unet.conv_in.kernel"][:, :, 4:]).max() > 0
+
+
+def test_only_what_the_pattern_finds_is_trained(sd, tmp_path):
+    pattern = r"^(?!unet\.)|^unet\.conv_in|attn2"
+    overrides = [f"init_from={sd}", f"trainable={pattern}", "ema=0.0"]
+    train(load_config("sd15_composer:smoke", overrides), tmp_path)
+    after = open_unet(tmp_path).tensors
+    for name, tensor in open_unet(sd).tensors.items():
+        if name != "conv_in.kernel":
+            same = np.array_equal(tensor.read(), after[name].read())
+            assert same == (re.search(pattern, f"unet.{name}") is None), name
+    assert np.abs(after["conv_in.kernel"].read()[:, :, 4:]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.unet.heads=(4,4)", r"model\.unet\.heads is \[4, 4\]"),
+        ("model.local_channels=8", r"model\.unet\.in_channels is 20; .* asks for 12"),
+        ("process.prediction=v", r"process\.prediction is 'v'; .* was trained with 'eps'"),
+        ("trainable=unett", "trainable 'unett' finds no parameter"),
+        ("init_from=nowhere", "unet nowhere: no such directory"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_named(sd, tmp_path, override, message):
+    overrides = [f"init_from={sd}", override]
+    with pytest.raises(ValueError, match=message):
+        train(load_config("sd15_composer:smoke", overrides), tmp_path)
