@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from composer_jax.models.blocks import Keys
 from composer_jax.models.composer import Composer, ComposerConfig
 from composer_jax.models.detectors import DepthConfig, DepthRegressor
 from composer_jax.models.files import (
@@ -101,7 +102,7 @@ def load_depth(folder: Path, dtype=jnp.float32) -> DepthRegressor:
     values = read_json(folder / "config.json")
     values = {key: value for key, value in values.items() if key not in ("format", "kind")}
     config = DepthConfig.from_dict(values)
-    part = nnx.eval_shape(lambda: DepthRegressor(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    part = nnx.eval_shape(lambda: DepthRegressor(config, dtype=dtype, rngs=Keys(0)))
     _fill(part, folder / "model.safetensors")
     return part
 
@@ -151,7 +152,7 @@ def load_model(where: str | Path | None = None, dtype=jnp.float32) -> Model:
             name: {part: jnp.zeros(config.parts(name)[part].shape) for part in parts}
             for name, parts in info["absent"].items()
         }
-        return Composer(config, absent, dtype=dtype, rngs=nnx.Rngs(0))
+        return Composer(config, absent, dtype=dtype, rngs=Keys(0))
 
     composer = nnx.eval_shape(build)
     _fill(composer, folder / "unet.safetensors")

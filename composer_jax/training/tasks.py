@@ -19,6 +19,7 @@ from composer_jax.data.pipeline import batches
 from composer_jax.data.prepare import available, fingerprint, prepare
 from composer_jax.data.sources import Source
 from composer_jax.diffusion.process import Process
+from composer_jax.models.blocks import Keys
 from composer_jax.models.clip import Clip, small_clip
 from composer_jax.models.composer import Composer, ComposerConfig, Constant, silence
 from composer_jax.models.detectors import DepthConfig, DepthRegressor, depth_loss
@@ -74,12 +75,12 @@ def codec_task(config, source: Source, workdir: Path) -> Task:
     dtype = jnp.dtype(config.dtype)
 
     def create() -> VAE:
-        vae = VAE(vae_config, dtype=dtype, rngs=nnx.Rngs(config.seed))
+        vae = VAE(vae_config, dtype=dtype, rngs=Keys(config.seed))
         if vae_config.linear_skip:
             pca_skip(vae, to_unit(jnp.asarray(pool["image"][:512])))
         return vae
 
-    graph = nnx.graphdef(nnx.eval_shape(lambda: VAE(vae_config, dtype=dtype, rngs=nnx.Rngs(0))))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: VAE(vae_config, dtype=dtype, rngs=Keys(0))))
     start = nnx.state(create())
 
     def loss(params, batch, key):
@@ -126,7 +127,7 @@ def depth_task(config, source: Source, workdir: Path) -> Task:
     model_config, depth = DepthConfig.from_dict(config.model.to_dict()), conditions.get("depth")
 
     def create() -> DepthRegressor:
-        return DepthRegressor(model_config, dtype=config.dtype, rngs=nnx.Rngs(config.seed))
+        return DepthRegressor(model_config, dtype=config.dtype, rngs=Keys(config.seed))
 
     graph = nnx.graphdef(nnx.eval_shape(create))
 
@@ -176,7 +177,7 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
     start = _start(config, composer_config, process)
 
     def create() -> Composer:
-        composer = Composer(composer_config, absent, dtype=dtype, rngs=nnx.Rngs(config.seed))
+        composer = Composer(composer_config, absent, dtype=dtype, rngs=Keys(config.seed))
         for name in names if start else ():
             silence(composer, name)
         return composer
