@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -25,6 +26,24 @@ def perturbed():
         return module
 
     return move
+
+
+@pytest.fixture(scope="session")
+def drawn():
+    """A module, built by a function, of random numbers; nothing is initialised or compiled."""
+
+    def draw(build, seed):
+        from composer_jax.models.files import fill_module, in_memory, module_tensors
+
+        module, rng = nnx.eval_shape(build), np.random.default_rng(seed)
+        random = {
+            name: in_memory(0.3 * rng.standard_normal(tensor.shape, np.float32))
+            for name, tensor in module_tensors(module).items()
+        }
+        fill_module(module, random, "")
+        return module
+
+    return draw
 
 
 @pytest.fixture(scope="session")

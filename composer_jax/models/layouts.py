@@ -50,14 +50,14 @@ def unet_from_diffusers(values: Mapping) -> UNetConfig:
     """The config of `UNet2DConditionModel`'s config.json; raises ValueError naming a key that asks
     for what our UNet does not do."""
     blocks = list(values.get("down_block_types", [*UNET_BLOCKS][:1] * 3 + ["DownBlock2D"]))
-    up = [block.replace("Down", "Up") for block in blocks[::-1]]
-    _only(values, "UNet2DConditionModel", UNET_FIXED | {"up_block_types": up}, UNetConfig,
-          {"down_block_types", "attention_head_dim", "num_attention_heads", "sample_size",
-           "upcast_attention"})  # fmt: skip
     for block in blocks:
         if block not in UNET_BLOCKS:
             allowed = ", ".join(UNET_BLOCKS)
             raise ValueError(f"down_block_types has {block!r}; allowed: {allowed}")
+    up = [block.replace("Down", "Up") for block in blocks[::-1]]
+    _only(values, "UNet2DConditionModel", UNET_FIXED | {"up_block_types": up}, UNetConfig,
+          {"down_block_types", "attention_head_dim", "num_attention_heads", "sample_size",
+           "upcast_attention"})  # fmt: skip
     # diffusers says "attention_head_dim" and means the number of heads
     heads = values.get("num_attention_heads") or values.get("attention_head_dim", 8)
     return UNetConfig.from_dict(
@@ -195,15 +195,15 @@ def process_to_diffusers(process: Mapping) -> dict:
 def _only(values: Mapping, name: str, fixed: Mapping, ours: type, free: set[str]) -> None:
     """Raises ValueError for a key that is neither ours, nor free, nor has its one value."""
     if values.get("_class_name", name) != name:
-        raise ValueError(f"config.json is of a {values['_class_name']!r}; {name} is wanted")
+        raise ValueError(f"it is of a {values['_class_name']!r}; {name} is wanted")
     for key, value in values.items():
         if key in fixed:
             if value != fixed[key]:
-                raise ValueError(f"config.json: {key} is {value!r}; only {fixed[key]!r} is known")
+                raise ValueError(f"{key} is {value!r}; only {fixed[key]!r} is known")
         elif key in ours.__dataclass_fields__ or key in free or key.startswith("_"):
             continue
         elif value is not None and value is not False:
-            raise ValueError(f"config.json: {key} is {value!r}, which this network has not")
+            raise ValueError(f"{key} is {value!r}, which this network has not")
 
 
 def _given(values: Mapping, ours: type, **defaults) -> dict:

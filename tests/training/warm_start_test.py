@@ -12,6 +12,7 @@ from flax import nnx
 
 from composer_jax import conditions
 from composer_jax.commands.train import train
+from composer_jax.models.blocks import Keys
 from composer_jax.models.composer import Composer, ComposerConfig, silence
 from composer_jax.models.files import module_tensors, write_json, write_tensors
 from composer_jax.models.layouts import process_to_diffusers, unet_to_diffusers
@@ -24,11 +25,11 @@ from composer_jax.training.warm_start import around, start_from
 
 
 @pytest.fixture(scope="module")
-def sd(tmp_path_factory, perturbed):
+def sd(tmp_path_factory, drawn):
     """A small Stable Diffusion as diffusers lays it out, and its UNet."""
     folder = tmp_path_factory.mktemp("sd")
     config = UNetConfig.from_dict(load_config("sd15_composer:smoke").model.unet.to_dict())
-    unet = perturbed(UNet(replace(config, in_channels=4), rngs=nnx.Rngs(0)), 1)
+    unet = drawn(lambda: UNet(replace(config, in_channels=4), rngs=Keys(0)), 1)
     (folder / "unet").mkdir()
     (folder / "scheduler").mkdir()
     write_json(folder / "unet" / "config.json", unet_to_diffusers(unet.config))
@@ -47,7 +48,7 @@ def started(sd):
     names, unet = tuple(conditions.names()), UNetConfig.from_dict(config.model.unet.to_dict())
     config = ComposerConfig(unet, names, sizes, factor=4, stem_width=8, context_length=32)
     absent = {"caption": {"tokens": jnp.full((6, 128), 0.1), "vector": jnp.full((10,), 0.1)}}
-    composer = Composer(config, absent, rngs=nnx.Rngs(0))
+    composer = Composer(config, absent, rngs=Keys(0))
     for name in names:
         silence(composer, name)
     params = nnx.state(composer, nnx.Param)
