@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from composer_jax.models.blocks import Keys
 from composer_jax.models.depth import Preprocess, check_type
 from composer_jax.models.dpt import DPT, DPTConfig
 from composer_jax.models.files import (
@@ -169,7 +170,7 @@ def _depth_anything(keys: _Keys, processor) -> dict[str, Any]:
     for name in names:
         if name not in stages:
             raise ValueError(
-                f"backbone_config.out_features has {name}; allowed: stage1 to {layers}"
+                f"backbone_config.out_features has {name!r}; allowed: stage1 to stage{layers}"
             )
     keys.only("patch_size", vit["patch"])
     keys.only("reassemble_hidden_size", width)
@@ -264,7 +265,7 @@ def _read_processor(folder: Path) -> dict[str, Any] | None:
 
 
 def _abstract(config: DPTConfig, dtype=jnp.float32) -> DPT:
-    return nnx.eval_shape(lambda: DPT(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: DPT(config, dtype=dtype, rngs=Keys(0)))
 
 
 def _missing(folder: Path) -> str:
