@@ -47,6 +47,31 @@ def drawn():
 
 
 @pytest.fixture(scope="session")
+def save_sd():
+    """Writes a UNet (that predicts eps), and a codec if given, as diffusers lays them out."""
+
+    def save(folder, unet, vae=None):
+        from composer_jax.models import layouts
+        from composer_jax.models.files import module_tensors, write_json, write_tensors
+        from composer_jax.models.peers import to_peer
+
+        eps = {"prediction": "eps", "schedule": "sd", "zero_terminal_snr": False}
+        configs = {"unet": layouts.unet_to_diffusers(unet.config)}
+        configs |= {"vae": layouts.vae_to_diffusers(vae.config)} if vae else {}
+        for name, config in configs.items():
+            (folder / name).mkdir()
+            write_json(folder / name / "config.json", config)
+            tensors = to_peer(module_tensors(unet if name == "unet" else vae))
+            write_tensors(folder / name / "diffusion_pytorch_model.safetensors", tensors)
+        (folder / "scheduler").mkdir()
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        write_json(scheduler, layouts.process_to_diffusers(eps))
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A composer of all eight conditions, trained for four steps: its workdir."""
     from composer_jax.commands.train import train

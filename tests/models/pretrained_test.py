@@ -51,14 +51,9 @@ def networks(drawn):
 
 
 @pytest.fixture
-def sd(networks, tmp_path):
+def sd(networks, save_sd, tmp_path):
     """A directory of diffusers."""
-    configs = {"unet": unet_to_diffusers(UNET), "vae": vae_to_diffusers(CODEC)}
-    for name, module in networks.items():
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "config.json", configs[name])
-        write_tensors(tmp_path / name / WEIGHTS, to_peer(module_tensors(module)))
-    return tmp_path
+    return save_sd(tmp_path, networks["unet"], networks["vae"])
 
 
 def same(found, module) -> bool:

@@ -14,9 +14,7 @@ from composer_jax import conditions
 from composer_jax.commands.train import train
 from composer_jax.models.blocks import Keys
 from composer_jax.models.composer import Composer, ComposerConfig, silence
-from composer_jax.models.files import module_tensors, write_json, write_tensors
-from composer_jax.models.layouts import process_to_diffusers, unet_to_diffusers
-from composer_jax.models.peers import to_peer
+from composer_jax.models.files import module_tensors
 from composer_jax.models.pretrained import open_unet
 from composer_jax.models.unet import UNet, UNetConfig
 from composer_jax.training.config import load_config
@@ -25,19 +23,11 @@ from composer_jax.training.warm_start import around, start_from
 
 
 @pytest.fixture(scope="module")
-def sd(tmp_path_factory, drawn):
-    """A small Stable Diffusion as diffusers lays it out, and its UNet."""
-    folder = tmp_path_factory.mktemp("sd")
+def sd(tmp_path_factory, drawn, save_sd):
+    """A small Stable Diffusion's UNet as diffusers lays it out."""
     config = UNetConfig.from_dict(load_config("sd15_composer:smoke").model.unet.to_dict())
     unet = drawn(lambda: UNet(replace(config, in_channels=4), rngs=Keys(0)), 1)
-    (folder / "unet").mkdir()
-    (folder / "scheduler").mkdir()
-    write_json(folder / "unet" / "config.json", unet_to_diffusers(unet.config))
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    write_tensors(weights, to_peer(module_tensors(unet)))
-    eps = {"prediction": "eps", "schedule": "sd", "zero_terminal_snr": False}
-    write_json(folder / "scheduler" / "scheduler_config.json", process_to_diffusers(eps))
-    return folder
+    return save_sd(tmp_path_factory.mktemp("sd"), unet)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,121 @@
+"""`composer convert`: there, back, and nothing written where something is wrong."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from composer_jax.cli import main
+from composer_jax.models.blocks import Keys
+from composer_jax.models.files import in_memory, module_tensors, open_tensors, write_tensors
+from composer_jax.models.layouts import compvis_unet_rules
+from composer_jax.models.peers import to_peer
+from composer_jax.models.unet import UNet, UNetConfig
+from composer_jax.models.vae import VAE, VAEConfig
+
+UNET = UNetConfig(
+    block_out_channels=(32, 64),
+    attention=(True, False),
+    heads=(8, 8),
+    layers_per_block=1,
+    cross_attention_dim=12,
+)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def sd(drawn, save_sd, tmp_path_factory):
+    codec = VAEConfig(block_out_channels=(32, 64), layers_per_block=1)
+    unet, vae = (
+        drawn(lambda: UNet(UNET, rngs=Keys(0)), 1),
+        drawn(lambda: VAE(codec, rngs=Keys(0)), 2),
+    )
+    return save_sd(tmp_path_factory.mktemp("sd"), unet, vae)
+
+
+def arrays(path):
+    return {name: tensor.read() for name, tensor in open_tensors(path).items()}
+
+
+def test_stable_diffusion_comes_in_and_goes_back_as_it_was(sd, tmp_path, capfd):
+    assert main(["convert", str(sd), "--out", str(tmp_path / "ours")]) == 0
+    assert "wrote unet, vae in" in capfd.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "ours").rglob("*.*")) == [
+        "config.json", "config.json", "model.safetensors", "model.safetensors"
+    ]  # fmt: skip
+    out = ["--out", str(tmp_path / "back"), "--to", "diffusers"]
+    assert main(["convert", str(tmp_path / "ours"), *out]) == 0
+    for part in ("unet", "vae"):
+        before, after = arrays(sd / part / WEIGHTS), arrays(tmp_path / "back" / part / WEIGHTS)
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+        before, after = (json.loads((d / part / "config.json").read_text())
+                         for d in (sd, tmp_path / "back"))  # fmt: skip
+        assert before == after
+    assert not list(tmp_path.glob("*converting*"))
+
+
+def test_half_precision_is_asked_for(sd, tmp_path):
+    out = ["--out", str(tmp_path), "--dtype", "float16"]
+    assert main(["convert", str(sd / "vae"), *out]) == 0
+    found = arrays(tmp_path / "vae" / "model.safetensors")
+    assert {array.dtype for array in found.values()} == {np.dtype("float16")}
+
+
+def test_a_model_goes_to_diffusers_or_is_told_why_not(run, tmp_path, capfd):
+    assert main(["convert", str(run), "--to", "diffusers", "--out", str(tmp_path / "x")]) == 2
+    assert "a UNet with patch 2 has no counterpart in diffusers" in capfd.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_a_single_file_predicts_is_asked(sd, drawn, tmp_path, capfd):
+    config = replace(UNET, use_linear_projection=True, heads=(1, 1))
+    unet = drawn(lambda: UNet(config, rngs=Keys(0)), 1)
+    path = tmp_path / "v2.safetensors"
+    write_tensors(path, to_peer(module_tensors(unet), compvis_unet_rules(config)))
+    command = ["convert", str(path), "--out", str(tmp_path / "ours")]
+    assert main(command) == 2
+    assert "give --prediction eps or v" in capfd.readouterr().err
+    assert main([*command, "--prediction", "v"]) == 0
+    written = json.loads((tmp_path / "ours" / "unet" / "config.json").read_text())
+    assert written["process"]["prediction"] == "v"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is not a whole safetensors file"),
+        (lambda path: path.rename(path.with_suffix(".bin")), "is a pickle, which can run code"),
+        (lambda path: path.unlink(), "lacks vae/diffusion_pytorch_model.safetensors"),
+        (lambda path: path.with_name("config.json").write_text("{}"), "the model wants [64]"),
+    ],
+)
+def test_nothing_is_written_where_something_is_wrong(sd, tmp_path, capfd, edit, message):
+    source = shutil.copytree(sd, tmp_path / "source")
+    edit(source / "vae" / WEIGHTS)
+    assert main(["convert", str(source), "--out", str(tmp_path / "out")]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("composer: ") and message in error
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*converting*"))
+
+
+def test_numbers_that_break_late_leave_the_old_output(sd, tmp_path, capfd):
+    source, out = shutil.copytree(sd, tmp_path / "source"), tmp_path / "out"
+    assert main(["convert", str(source), "--out", str(out)]) == 0
+    before = (out / "vae" / "model.safetensors").read_bytes()
+    tensors = {n: in_memory(a) for n, a in arrays(source / "vae" / WEIGHTS).items()}
+    last = list(tensors)[-1]
+    tensors[last] = in_memory(np.full(tensors[last].shape, np.nan, np.float32))
+    write_tensors(source / "vae" / WEIGHTS, tensors)
+    assert main(["convert", str(source), "--out", str(out)]) == 2
+    assert "holds numbers that are not finite" in capfd.readouterr().err
+    assert (out / "vae" / "model.safetensors").read_bytes() == before
+
+
+def test_what_cannot_be_converted_is_said(tmp_path, capfd):
+    assert main(["convert", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no network that can be converted" in capfd.readouterr().err
+    assert main(["convert", "nowhere", "--out", str(tmp_path / "out")]) == 2
+    assert "no such directory, and no hub name" in capfd.readouterr().err
