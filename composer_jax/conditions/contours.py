@@ -31,7 +31,8 @@ def contours(probability: np.ndarray) -> np.ndarray:
     ridges = cv2.morphologyEx(ridges, cv2.MORPH_CLOSE, shape) > 0
     lines = skeletonize(~_without_small(~ridges, BUBBLE * unit**2, diagonal=False))
     lines = apply_hysteresis_threshold(np.where(lines, likely, 0.0), LIKELY_BESIDE, LIKELY)
-    lines = skeletonize(_without_spurs(lines, SPUR * unit))
+    for _ in range(2):  # a short branch may end in branches that are shorter still
+        lines = skeletonize(_without_spurs(lines, SPUR * unit))
     return _without_small(lines, CRUMB * unit, diagonal=True)
 
 

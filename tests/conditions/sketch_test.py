@@ -7,6 +7,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from skimage import data
 
+from composer_jax.conditions.contours import contours
 from composer_jax.conditions.image import fit_map, load_image
 from composer_jax.conditions.sketch import Sketch
 
@@ -18,6 +19,19 @@ IMAGES = hnp.arrays(np.uint8, st.sampled_from(SIZES), fill=st.integers(0, 255))
 @pytest.fixture(scope="module")
 def sketch():
     return Sketch()
+
+
+@pytest.fixture(scope="module")
+def hed():
+    """The real network (`make test` installs the package that ships its weights)."""
+    from composer_jax.models.hed import load_hed
+
+    return load_hed().tool()
+
+
+def brightness(images):
+    """An edge detector for tests: what is bright is likely a contour."""
+    return images.mean(axis=3, dtype=np.float32) / 255
 
 
 def photo(name, size):
@@ -167,3 +181,106 @@ def test_measure_leaves_empty_drawings_out(sketch):
 def test_measure_at_another_size(sketch):
     wanted = sketch.extract(photo("coins", 256)[None])[0]
     assert sketch.measure(wanted, photo("coins", 128)) > 0.3
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "rocket"])
+def test_the_learned_drawing_is_one_at_256_512_and_1024(sketch, hed, name):
+    photos = [photo(name, size) for size in (256, 512, 1024)]
+    drawings = [sketch.extract(image[None], tool=hed)[0] for image in photos]
+    densities = [(drawing > 0).mean() for drawing in drawings]
+    assert max(densities) / min(densities) < 1.5
+    small = [fit_map(drawing, (256, 256), "lines") for drawing in drawings]
+    for a in small:
+        for b in small:
+            assert near(a, b) > 0.85  # the same lines, within 2 of 256 px
+    assert sketch.measure(drawings[1], photos[0], hed) > 0.5
+
+
+def test_the_learned_drawing_has_things_and_no_texture(sketch, hed):
+    """The cup's rim is closed; fur and the grain of wood, which Canny draws, are not there."""
+    coffee, cat = data.coffee()[None], data.chelsea()[None]
+    learned = sketch.extract(coffee, tool=hed)[0]
+    _, fields, stats, _ = cv2.connectedComponentsWithStats((learned == 0).astype(np.uint8), None, 4)
+    left, top, width, height, _ = stats[fields[60, 290]]
+    assert 165 < left < left + width < 425 and 10 < top < top + height < 225
+    wood, fur = np.s_[0, :120, 430:], np.s_[0, :80, 60:300]
+    for image, texture in ((coffee, wood), (cat, fur)):
+        canny, clean = ((sketch.extract(image, tool=tool)[texture] > 0) for tool in (None, hed))
+        assert canny.mean() > 0.04 > 10 * clean.mean()
+
+
+def test_flat_and_noisy_images_have_no_learned_contours(sketch, hed):
+    noise = np.random.default_rng(0).integers(-2, 3, (64, 64, 3))
+    for level in (0, 128, 255):
+        image = np.clip(level + noise, 0, 255).astype(np.uint8)
+        assert not sketch.extract(image[None], tool=hed).any()
+
+
+def test_the_detector_is_the_one_that_was_asked_for(sketch):
+    image = photo("coffee", 64)
+    canny, learned = sketch.extract(image[None]), sketch.extract(image[None], tool=brightness)
+    assert not np.array_equal(canny, learned)
+    np.testing.assert_array_equal(Sketch("canny").extract(image[None], tool=brightness), canny)
+    np.testing.assert_array_equal(Sketch("hed").extract(image[None], tool=brightness), learned)
+    np.testing.assert_array_equal(sketch.parse(image, brightness), learned[0])
+    assert sketch.measure(learned[0], image, brightness) > sketch.measure(learned[0], image) + 0.2
+    with pytest.raises(ValueError, match="'hed' needs an edge detector passed as tool"):
+        Sketch("hed").extract(image[None])
+    with pytest.raises(ValueError, match=r"'hedd' \(did you mean 'hed'\?\); allowed: canny, hed"):
+        Sketch("hedd")
+    with pytest.raises(ValueError, match="low, high and sigma are Canny's"):
+        Sketch("hed", low=1.0, high=2.0)
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        (lambda images: brightness(images)[..., None], r"the edge detector gave \[1, 8, 9, 1\]"),
+        (lambda images: brightness(images)[:, :4], r"gave maps of \(4, 9\) for \(8, 9\)"),
+        (lambda images: 255 * brightness(images), r"outside \[0, 1\]"),
+        (lambda images: np.nan * brightness(images), r"outside \[0, 1\]"),
+    ],
+)
+def test_a_detector_that_gives_something_else_is_refused(sketch, tool, message):
+    with pytest.raises(ValueError, match=message):
+        sketch.extract(np.full((1, 8, 9, 3), 200, np.uint8), tool=tool)
+
+
+@settings(deadline=None, max_examples=60)
+@given(IMAGES)
+def test_any_probability_becomes_thin_lines(image):
+    lines = Sketch().extract(image[None], tool=brightness)
+    assert lines.shape == (1, *image.shape[:2]) and np.isin(lines, (0, 255)).all()
+
+
+def ridges(size, *lines):
+    """Probabilities [size, size] with a ridge along each polyline: (height, points in 1 / 256)."""
+    drawn = np.zeros((size, size), np.float32)
+    for height, points in lines:
+        line = np.full((size, size), 255, np.uint8)
+        cv2.polylines(line, [np.int32(np.asarray(points) * size / 256)], False, 0)
+        away = cv2.distanceTransform(line, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) * 256 / size
+        drawn = np.maximum(drawn, height * np.exp(-((away / 2.5) ** 2) / 2))
+    return drawn
+
+
+@pytest.mark.parametrize("size", [128, 256, 768])
+def test_a_ridge_becomes_one_thin_line_without_spurs_and_crumbs(size):
+    turn = np.linspace(0, 2 * np.pi, 100)
+    ring = (0.9, 128 + 80 * np.stack([np.cos(turn), np.sin(turn)], axis=1))
+    spur, crumb = (0.8, [(208, 128), (211, 128)]), (0.9, [(128, 128), (132, 128)])
+    noise = np.random.default_rng(0).random((size, size), np.float32)
+    lines = contours(0.9 * ridges(size, ring, spur, crumb) + 0.05 * noise)
+    rows, columns = np.mgrid[:size, :size] * 256 / size - 128
+    radius = np.hypot(rows, columns)
+    assert np.all(np.abs(radius[lines] - 80) < 4)
+    assert 0.8 < lines.sum() / (2 * np.pi * 80 * size / 256) < 1.2
+    around = cv2.filter2D(lines.astype(np.uint8), -1, np.ones((3, 3)))
+    assert (around[lines] >= 3).all()  # closed: nowhere an end
+
+
+def test_a_faint_ridge_is_drawn_only_where_it_leads_to_a_likely_one():
+    joined = [(0.9, [(20, 60), (120, 60)]), (0.3, [(120, 60), (230, 60)])]
+    lines = contours(ridges(256, *joined, (0.3, [(20, 180), (230, 180)])))
+    assert lines[58:63, 22:228].any(axis=0).all()
+    assert not lines[150:].any()
