@@ -2,6 +2,7 @@
 
     python benchmarks/depth.py            one 518 x 518 image at a time, alternating, in one run
     python benchmarks/depth.py --batch 4
+    taskset -c 0 python benchmarks/depth.py   where others use the machine: one core for either
 
 Needs torch. The weights are random: their values cost no time.
 """
