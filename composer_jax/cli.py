@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import re
 import sys
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         argv = sys.argv[1:]
         if any(word in COMMANDS for word in argv):
             _take_huge_pages()
+        _log_plainly()
     # jax reads this when it is imported: what was compiled once is not compiled again
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "composer-jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
@@ -81,6 +83,15 @@ def _take_huge_pages() -> None:
     if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _log_plainly() -> None:
+    """What the library logs goes to stderr as it is, whatever other libraries do to logging."""
+    handler, logger = logging.StreamHandler(), logging.getLogger("composer_jax")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _help(parser: Parser, argv: list[str]) -> int:

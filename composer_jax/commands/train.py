@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shutil
 import signal
 from functools import partial
@@ -44,7 +43,6 @@ def take_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Trains to the config's last step, from the newest checkpoint where there is one."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     config = load_config(args.config, args.overrides)
     existed = args.workdir.exists()
     try:

@@ -18,6 +18,7 @@ from composer_jax import conditions
 from composer_jax.data.pipeline import batches
 from composer_jax.data.prepare import available, fingerprint, prepare
 from composer_jax.data.sources import Source
+from composer_jax.data.tools import load_tools
 from composer_jax.diffusion.process import Process
 from composer_jax.models.blocks import Keys
 from composer_jax.models.clip import Clip, small_clip
@@ -149,7 +150,7 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
     vae = load_codec(config.codec)
     clip_text = {"skip": config.clip_text.skip, "pad": config.clip_text.pad or None}
     clip = Clip.load(clip_source(config.clip), **clip_text)
-    tools = {"clip": clip}
+    tools = {"clip": clip, **load_tools(**config.tools)}
     if source.size % vae.factor:
         raise ValueError(f"image size {source.size} is not a multiple of the codec's {vae.factor}")
     names = _conditions(config, source, tools)
@@ -161,6 +162,7 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
         return np.asarray(encode(vae, jnp.asarray(padded)))[: len(images)].astype(np.float16)
 
     made_by = {"vae": fingerprint(nnx.state(vae)), "clip": fingerprint(clip.params)}
+    made_by |= {"tools": config.tools.to_dict()}
     pool = prepare(source, names, tools, {"moments": moments}, workdir / "pool", made_by)
     process = Process.from_dict(config.process.to_dict())
     composer_config = ComposerConfig(
