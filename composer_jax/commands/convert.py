@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from composer_jax.models import layouts
+from composer_jax.models.clip import open_clip
 from composer_jax.models.dpt_files import is_dpt, open_dpt
 from composer_jax.models.files import FORMAT, Tensor, member, read_json, write_json, write_tensors
 from composer_jax.models.peers import to_peer
@@ -33,12 +34,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Output:
-    """A network to write: its folder, the JSON files and the tensors, with the file's name."""
+    """A network to write: folder, JSON by name, the tensors and their file, files to copy."""
 
     folder: str
     texts: Mapping[str, Mapping[str, Any]]
     weights: str
     tensors: Mapping[str, Tensor]
+    files: Sequence[Path] = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,10 +116,14 @@ def _process(found: Pretrained, prediction: str | None) -> dict:
 
 
 def _other(source: Path) -> Output | None:
-    """A depth network, of transformers' layout or ours."""
+    """A CLIP or a depth network, of transformers' layout or ours."""
     if not (source / "config.json").is_file():
         return None
-    if is_dpt(read_json(member(source, "config.json"))):
+    values = read_json(member(source, "config.json"))
+    if values.get("model_type") == "clip":
+        tensors, files = open_clip(source)
+        return Output("clip", {}, "model.safetensors", to_peer(tensors), files)
+    if is_dpt(values):
         config, tensors = open_dpt(source)
         values = {"format": FORMAT, "kind": "dpt", **config.to_dict()}
         return Output("depth", {"config.json": values}, "model.safetensors", tensors)
@@ -128,6 +134,8 @@ def _write(folder: Path, output: Output, dtype: str | None) -> None:
     folder.mkdir(parents=True)
     for name, values in output.texts.items():
         write_json(folder / name, values)
+    for path in output.files:
+        shutil.copyfile(path, folder / path.name)
     if not output.weights:
         return
     tensors = output.tensors

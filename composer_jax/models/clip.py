@@ -1,10 +1,11 @@
-"""CLIP (arXiv 2103.00020): text and images to embeddings; transformers' Flax model inside."""
+"""CLIP (arXiv 2103.00020): text and images to embeddings, by transformers' network or our own."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -18,14 +19,28 @@ import numpy as np
 
 from composer_jax.models.bpe import END, START, build_vocabulary
 from composer_jax.models.clip_files import (
+    SMALL,
     Preprocess,
     find_clip,
-    read_json,
-    read_weights,
-    write_weights,
+    open_params,
+    read_params,
+    split_tokenizer,
+    write_params,
 )
+from composer_jax.models.clip_nnx import CLIPConfig, abstract_clip, random_params
+from composer_jax.models.clip_towers import (
+    Towers,
+    encode_image,
+    encode_text,
+    flax_towers,
+    nnx_towers,
+)
+from composer_jax.models.files import Tensor, module_tensors, read_json, write_json
+
+log = logging.getLogger("composer_jax")
 
 BATCHES = (1, 8, 64)  # the only batch sizes that are ever compiled
+BACKENDS = ("flax", "nnx")
 MAX_SCALE = 100.0  # CLIP's bound on the inverse temperature
 
 
@@ -33,56 +48,68 @@ MAX_SCALE = 100.0  # CLIP's bound on the inverse temperature
 class Clip:
     """A text tower and an image tower that agree; `load` one or make a `small_clip`.
 
-    `params`: a nested dict of float32 arrays, transformers' Flax layout. `sizes` names what the
-    conditions' shapes leave to CLIP.
+    `params`: a nested dict of float32 arrays, transformers' Flax layout, whatever the backend.
+    `config` and `tokenizer` are transformers'; `pad` is the id that fills up a text.
     """
 
     config: Any
     tokenizer: Any
-    module: Any
+    towers: Towers
     preprocess: Preprocess
     params: dict[str, Any]
+    pad: int
     programs: tuple[Callable, Callable] = dataclasses.field(repr=False)
 
     @staticmethod
-    def load(source) -> Clip:
+    def load(source, *, backend: str | None = None, skip: int = 0, pad: str | None = None) -> Clip:
         """Loads a CLIP from a directory, or from the hub by name (`openai/clip-vit-large-patch14`).
+
+        `backend`: "flax" (transformers 4) or "nnx" (our own); None takes flax where it is there.
+        `skip`: how many layers before the last the word tokens come from; Stable Diffusion 2 takes
+        1. `pad`: the token that fills up a text; None is the directory's own.
 
         Weights come from safetensors or msgpack. Raises ValueError, one line, where nothing is
         there, the hub cannot be reached, or files are missing, broken or of another model.
         """
         folder = find_clip(source)
-        kind = read_json(folder / "config.json").get("model_type")
-        if kind != "clip":
-            raise ValueError(f"{folder}: config.json is of a {kind!r} model; allowed: 'clip'")
-        described = folder / "preprocessor_config.json"
-        described = read_json(described) if described.is_file() else {}
+        config, checked = _read_config(folder)
         with _quiet() as transformers:
             try:
-                config = transformers.CLIPConfig.from_pretrained(folder)
-                tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+                split = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+                kind = transformers.CLIPTokenizer if split else transformers.CLIPTokenizerFast
+                tokenizer = kind.from_pretrained(folder)
+                _check_tokenizer(tokenizer, checked)
             except Exception as error:  # whatever a broken file makes of itself in there
                 raise ValueError(f"{folder} is broken: {' '.join(str(error).split())}") from error
-        preprocess = Preprocess.from_dict(described, config.vision_config.image_size)
-        model = _model(config)
-        params = jax.tree.map(jnp.asarray, read_weights(folder, model.params_shape_tree))
-        return _clip(config, tokenizer, model.module, preprocess, params)
+        network = abstract_clip(checked)
+        preprocess = Preprocess.load(folder, checked.vision.image_size)
+        towers = _towers(config, network, backend, skip)
+        params = read_params(folder, module_tensors(network))
+        whose = {"flax": "transformers' FlaxCLIPModel", "nnx": "our own network"}[towers.backend]
+        log.info("CLIP %s runs by %s", source, whose)
+        return _clip(config, tokenizer, towers, preprocess, params, pad)
 
     def save(self, folder) -> None:
         """Writes a directory that `load`, `FlaxCLIPModel`, `CLIPModel`, `CLIPTokenizer` and
-        `CLIPImageProcessor` load (`from_pretrained`)."""
+        `CLIPImageProcessor` load (`from_pretrained`), of transformers 4 and 5."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with _quiet():
             self.config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        described = json.dumps(self.preprocess.to_dict(), indent=2) + "\n"
-        (folder / "preprocessor_config.json").write_text(described, encoding="utf-8")
-        write_weights(folder, jax.device_get(self.params))
+        split_tokenizer(folder)
+        write_json(folder / "preprocessor_config.json", self.preprocess.to_dict())
+        write_params(folder, self.params)
+
+    @property
+    def backend(self) -> str:
+        """Whose network runs: "flax", transformers', or "nnx", our own."""
+        return self.towers.backend
 
     @property
     def sizes(self) -> dict[str, int]:
-        """text_length L, text_width D and embed_width E of what `text` and `image` return."""
+        """text_length L, text_width D and embed_width E of what `text` and `image` return: what
+        the conditions' shapes leave to CLIP."""
         return {
             "text_length": self.config.text_config.max_position_embeddings,
             "text_width": self.config.text_config.hidden_size,
@@ -99,16 +126,16 @@ class Clip:
         length = self.sizes["text_length"]
         if not texts:
             return np.zeros((0, length), np.int32)
-        with _quiet():
-            encoded = self.tokenizer(
-                texts, padding="max_length", truncation=True, max_length=length
-            )
-        return np.asarray(encoded["input_ids"], np.int32)
+        rows = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        ids_BxL = np.full((len(texts), length), self.pad, np.int32)
+        for ids_L, row in zip(ids_BxL, rows, strict=True):
+            ids_L[: len(row)] = row
+        return ids_BxL
 
     def text(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Encodes B texts: "ids" int32 [B, L], "tokens" float32 [B, L, D] (last hidden states after
-        the final norm, what Stable Diffusion conditions on), "vector" float32 [B, E], unit length.
-        """
+        """Encodes B texts: "ids" int32 [B, L], "tokens" float32 [B, L, D] (hidden states of the
+        last layer, or `skip` layers before, after the final norm: what Stable Diffusion conditions
+        on), "vector" float32 [B, E], unit length."""
         ids_BxL = self.tokenize(texts)
         tokens_BxLxD, vector_BxE = _in_batches(partial(self.programs[0], self.params), ids_BxL)
         return {"ids": ids_BxL, "tokens": tokens_BxLxD, "vector": vector_BxE}
@@ -142,13 +169,37 @@ class Clip:
             raise ValueError(
                 f"CLIP trains on images {[*self.preprocess.crop, 3]}, not {list(images.shape[1:])}"
             )
-        image_BxE = _encode_image(self.module, self.pixels, params, images)
-        text_BxE = _encode_text(self.module, params, ids)[1]
+        image_BxE = encode_image(self.towers, self.pixels, params, images)
+        text_BxE = encode_text(self.towers, params, ids)[1]
         return contrastive_loss(image_BxE, text_BxE, params["logit_scale"], ids)
 
     def with_params(self, params) -> Clip:
         """The same model with other parameters; compiled programs are shared."""
         return dataclasses.replace(self, params=params)
+
+
+def open_clip(source) -> tuple[dict[str, Tensor], list[Path]]:
+    """A CLIP's parameters under our names, unread, and its other files; `source` as `Clip.load`.
+
+    Raises ValueError, one line, as `Clip.load` does.
+    """
+    folder = find_clip(source)
+    network = abstract_clip(_read_config(folder)[1])
+    files = [folder / name for name in SMALL if (folder / name).is_file()]
+    return open_params(folder, module_tensors(network)), files
+
+
+def _read_config(folder: Path) -> tuple[Any, CLIPConfig]:
+    """transformers' config, and ours."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise ValueError(f"{folder}: config.json is of a {kind!r} model; allowed: 'clip'")
+    with _quiet() as transformers:
+        try:
+            config = transformers.CLIPConfig.from_pretrained(folder)
+            return config, CLIPConfig.from_dict(config.to_dict())
+        except Exception as error:  # whatever a broken file makes of itself in there
+            raise ValueError(f"{folder} is broken: {' '.join(str(error).split())}") from error
 
 
 def contrastive_loss(image, text, logit_scale, ids) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -173,11 +224,13 @@ def contrastive_loss(image, text, logit_scale, ids) -> tuple[jax.Array, dict[str
     return (to_text + to_image) / 2, metrics
 
 
-def small_clip(captions: Iterable[str], *, image_size: int = 64, seed: int = 0) -> Clip:
+def small_clip(
+    captions: Iterable[str], *, image_size: int = 64, seed: int = 0, backend: str | None = None
+) -> Clip:
     """A small CLIP with random weights (about 2 M) and a vocabulary learnt from `captions`.
 
     Texts of up to 48 tokens; images of `image_size`, a multiple of 8. Deterministic in captions
-    and seed. Raises ValueError for another image size.
+    and seed, whatever the backend (see `Clip.load`). Raises ValueError for another image size.
     """
     if image_size < 8 or image_size % 8:
         raise ValueError(f"image_size {image_size} is not a multiple of the patch size, 8")
@@ -206,60 +259,63 @@ def small_clip(captions: Iterable[str], *, image_size: int = 64, seed: int = 0) 
         "projection_dim": 128,
     }
     with _quiet() as transformers, tempfile.TemporaryDirectory() as folder:
-        files = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
-        files[0].write_text(json.dumps(vocabulary), encoding="utf-8")
-        files[1].write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-        tokenizer = transformers.CLIPTokenizer(*map(str, files), model_max_length=48)
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        lines = "\n".join(["#version: 0.2", *merges]) + "\n"
+        (Path(folder) / "merges.txt").write_text(lines, encoding="utf-8")
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=48)
         config = transformers.CLIPConfig(
             text_config=text | special, vision_config=vision, projection_dim=128
         )
     config.architectures = ["CLIPModel"]
-    model = _model(config)
-    with _quiet(), jax.debug_key_reuse(False):
-        params = jax.jit(lambda key: model.init_weights(key, model.input_shape))(
-            jax.random.PRNGKey(seed)
-        )
-    return _clip(config, tokenizer, model.module, Preprocess(image_size, (image_size,) * 2), params)
+    network = abstract_clip(CLIPConfig.from_dict(config.to_dict()))
+    params = random_params(network, config.logit_scale_init_value, seed)
+    towers = _towers(config, network, backend, skip=0)
+    return _clip(config, tokenizer, towers, Preprocess(image_size, (image_size,) * 2), params)
 
 
-def _clip(config, tokenizer, module, preprocess: Preprocess, params) -> Clip:
-    clip = Clip(config, tokenizer, module, preprocess, dict(params), programs=())
+def _clip(config, tokenizer, towers, preprocess: Preprocess, params, pad=None) -> Clip:
+    known = tokenizer.get_vocab()
+    pad = tokenizer.pad_token if pad is None else pad
+    if pad not in known:
+        raise ValueError(f"the padding token {pad!r} is not in CLIP's vocabulary")
+    clip = Clip(config, tokenizer, towers, preprocess, dict(params), known[pad], programs=())
     programs = (
-        jax.jit(partial(_encode_text, module)),
-        jax.jit(partial(_encode_image, module, clip.pixels)),
+        jax.jit(partial(encode_text, towers)),
+        jax.jit(partial(encode_image, towers, clip.pixels)),
     )
     return dataclasses.replace(clip, programs=programs)
 
 
-def _model(config):
-    with _quiet() as transformers, jax.debug_key_reuse(False):
-        return transformers.FlaxCLIPModel(config, _do_init=False)
+def _check_tokenizer(tokenizer, config: CLIPConfig) -> None:
+    largest, end = max(tokenizer.get_vocab().values()), config.text.eos_token_id
+    if largest >= config.text.vocab_size:
+        raise ValueError(
+            f"its tokenizer has an id {largest}, its model {config.text.vocab_size} tokens"
+        )
+    if end not in (2, tokenizer.eos_token_id):  # 2: of the first releases, see TextTower
+        raise ValueError(
+            f"config.json ends a text with token {end}, its tokenizer with {tokenizer.eos_token_id}"
+        )
 
 
-def _encode_text(module, params, ids_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # No attention mask, as in Stable Diffusion: attention is causal, so that what comes after the
-    # end token never reaches it, and the vector is the same with a mask and without.
-    def towers(module, ids):
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
-        out = module.text_model(ids, jnp.ones_like(ids), positions)
-        return out.last_hidden_state, module.text_projection(out.pooler_output)
-
-    with jax.numpy_rank_promotion("allow"):
-        tokens_BxLxD, vector_BxE = module.apply({"params": params}, ids_BxL, method=towers)
-    return tokens_BxLxD, _unit(vector_BxE)
-
-
-def _encode_image(module, pixels, params, images_BxHxWx3: jax.Array) -> jax.Array:
-    def tower(module, pixels):
-        return module.visual_projection(module.vision_model(pixels).pooler_output)
-
-    with jax.numpy_rank_promotion("allow"):
-        return _unit(module.apply({"params": params}, pixels(images_BxHxWx3), method=tower))
-
-
-def _unit(vector_BxE: jax.Array) -> jax.Array:
-    length_Bx1 = jnp.linalg.norm(vector_BxE, axis=-1, keepdims=True)
-    return vector_BxE / jnp.maximum(length_Bx1, 1e-12)
+def _towers(config, network, backend: str | None, skip: int) -> Towers:
+    layers = config.text_config.num_hidden_layers
+    if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip < layers:
+        raise ValueError(f"skip is {skip!r}; this CLIP has {layers} layers, 0 to {layers - 1} go")
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if backend == "nnx":
+        return nnx_towers(network, skip)
+    try:
+        with _quiet() as transformers:
+            module = transformers.FlaxCLIPModel.module_class(config)
+    except Exception as error:  # its absence has many forms, from version to version
+        if backend == "flax":
+            raise ValueError(
+                "backend 'flax' needs transformers 4 and a jax that it knows; here is 'nnx'"
+            ) from error
+        return nnx_towers(network, skip)
+    return flax_towers(module, skip)
 
 
 def _in_batches(program, inputs: np.ndarray) -> list[np.ndarray]:
@@ -281,15 +337,14 @@ def _in_batches(program, inputs: np.ndarray) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def _quiet():
-    """transformers, without its notices (that Flax classes end with its version 4, and others)."""
+    """transformers, without its notices (that Flax classes end, that PyTorch is not there, ...)."""
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import transformers
-        from transformers.utils import logging
-
-        before = logging.get_verbosity()
-        logging.set_verbosity_error()
+        logging.disable(logging.WARNING)
         try:
+            import transformers
+
             yield transformers
         finally:
-            logging.set_verbosity(before)
+            logging.disable(before)

@@ -1,22 +1,44 @@
-"""CLIP on disk: finding the directory, reading and writing weights without PyTorch."""
+"""CLIP on disk: its directory, its weights in both layouts, and how it wants its images."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
 from PIL import Image
 
-WEIGHTS = ("model.safetensors", "flax_model.msgpack")
-_SMALL_FILES = ("config.json", "vocab.json", "merges.txt")
-_MORE_FILES = ("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json")
+from composer_jax.models.files import (
+    Tensor,
+    Tensors,
+    compare,
+    find_weights,
+    in_memory,
+    member,
+    open_tensors,
+    read_json,
+    write_json,
+    write_tensors,
+)
+from composer_jax.models.hub import find_folder
+from composer_jax.models.peers import from_peer, to_peer
+
+TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.json",))  # either is enough
+MORE = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+SMALL = ("config.json", *sum(TOKENIZERS, ()), *MORE)  # all but the weights
+MSGPACK = "flax_model.msgpack"
+BUFFERS = r".*\.position_ids"  # stored by old releases, 0, 1, 2, ...
 MAX_PIXELS = 2**24  # of a resized image, before it is cropped
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -25,127 +47,98 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 def find_clip(source) -> Path:
     """The directory of a CLIP: `source` itself, or what the hub (or its cache) has under that name.
 
-    Raises ValueError, one line, where there is neither or where a file is missing from it.
+    Raises ValueError, one line, where there is neither, or where a file is missing from it or
+    leads out of it.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _from_hub(str(source))
-    missing = _missing(folder)
-    if missing and (pickles := sorted(path.name for path in folder.glob("*.bin"))):
-        missing += f"; {pickles[0]} is a pickle, which can run code, and is not read"
-    if missing:
-        raise ValueError(f"CLIP {source}: {folder} lacks {missing}")
-    return folder
+    if Path(source).is_dir():
+        _find_params(Path(source))  # tells what to do with a pickle
+    return find_folder(source, "CLIP", _choose, _missing)
+
+
+def _choose(files: set[str]) -> list[str]:
+    shard = re.compile(r"model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
+    weights = (
+        files & {"model.safetensors"},
+        {file for file in files if shard.fullmatch(file)},
+        files & {"model.fp16.safetensors"},
+        files & {MSGPACK},
+    )
+    return sorted(files & set(SMALL) | next(filter(None, weights), set()))
 
 
 def _missing(folder: Path) -> str:
-    missing = [name for name in _SMALL_FILES if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        missing.append(" or ".join(WEIGHTS))
+    there = {name for name in SMALL if member(folder, name).is_file()}
+    missing = [] if "config.json" in there else ["config.json"]
+    if not any(there.issuperset(files) for files in TOKENIZERS):
+        missing += [name for name in TOKENIZERS[0] if name not in there]
+    try:
+        path = _find_params(folder)
+        if path.name.endswith(".index.json"):
+            shards = read_json(path).get("weight_map", {}).values()
+            missing += sorted({name for name in shards if not (folder / name).is_file()})
+    except ValueError:
+        missing.append(f"model.safetensors or {MSGPACK}")
     return ", ".join(missing)
 
 
-def _from_hub(name: str) -> Path:
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ValueError(f"CLIP {name}: no such directory, and no hub name (owner/model)")
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-
-    with contextlib.suppress(LocalEntryNotFoundError):  # what is in the cache asks nobody
-        cached = Path(hf_hub_download(name, _SMALL_FILES[0], local_files_only=True)).parent
-        if not _missing(cached):
-            return cached
+def _find_params(folder: Path) -> Path:
     try:
-        files = {file.rfilename for file in HfApi().model_info(name, timeout=10).siblings or ()}
-        wanted = [file for file in (*_SMALL_FILES, *_MORE_FILES) if file in files]
-        wanted += [file for file in WEIGHTS if file in files][:1]
-        if not wanted:
-            raise ValueError(f"CLIP {name}: the hub's model is no CLIP of transformers' layout")
-        paths = [Path(hf_hub_download(name, file)) for file in wanted]
-        return paths[0].parent
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"CLIP {name}: no such directory, and no such model on the hub") from error
-    except (OSError, RuntimeError) as error:  # every failure of the network is an OSError
-        raise ValueError(
-            f"CLIP {name}: no such directory, and the hub cannot be reached"
-            f" ({type(error).__name__}); give a directory with the model's files"
-        ) from error
+        return find_weights(folder, "model")
+    except ValueError:
+        if member(folder, MSGPACK).is_file():
+            return folder / MSGPACK
+        raise
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ValueError naming the file where it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content
+def open_params(folder: Path, wanted: Tensors) -> dict[str, Tensor]:
+    """The parameters that `wanted` names (dotted paths), under our names and in our axes, unread.
 
-
-def read_weights(folder: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the parameters that `shapes` (a tree of things with `.shape`) names, as float32.
-
-    safetensors hold PyTorch's layout (as on the hub) or Flax's (as its `metadata` says); msgpack
-    holds Flax's. Raises ValueError naming the first tensor that is missing or of another shape.
+    safetensors hold PyTorch's layout (as on the hub) or Flax's; msgpack holds Flax's. Raises
+    ValueError naming the first tensor that is missing, surplus, or of another shape.
     """
-    path = next(folder / name for name in WEIGHTS if (folder / name).is_file())
-    try:
-        tensors, layout = _read_safetensors(path) if path.suffix != ".msgpack" else _unpack(path)
-    except Exception as error:  # the formats' readers each have their own errors
-        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from error
-    params = {}
-    for key, leaf in traverse_util.flatten_dict(dict(shapes)).items():
-        name = ".".join(key) if layout == "flax" else _peer_name(key)
-        if name not in tensors:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        array = np.asarray(tensors[name], dtype=np.float32)
-        array = array if layout == "flax" else _from_peer(key, array)
-        if array.shape != leaf.shape:
-            raise ValueError(
-                f"{path}: tensor {name} gives {array.shape}, config.json asks {leaf.shape}"
-            )
-        params[key] = array
-    return traverse_util.unflatten_dict(params)
+    path = _find_params(folder)
+    tensors = _unpack(path) if path.name == MSGPACK else open_tensors(path, folder)
+    if any(name.endswith(".kernel") for name in tensors):
+        compare({name: tensor.shape for name, tensor in wanted.items()}, tensors, str(path))
+        return {name: tensors[name] for name in wanted}
+    return from_peer(wanted, tensors, str(path), ignore=BUFFERS)
 
 
-def write_weights(folder: Path, params: Mapping[str, Any]) -> None:
+def read_params(folder: Path, wanted: Tensors) -> dict[str, Any]:
+    """The same in memory, nested, as float32; raises ValueError for broken numbers, too."""
+    arrays = {
+        tuple(name.split(".")): jnp.asarray(tensor.read(), jnp.float32)
+        for name, tensor in open_params(folder, wanted).items()
+    }
+    return traverse_util.unflatten_dict(arrays)
+
+
+def write_params(folder: Path, params: Mapping[str, Any]) -> None:
     """Writes `model.safetensors` in the layout that PyTorch's and Flax's CLIP both load."""
-    from safetensors.numpy import save_file
-
-    flat = traverse_util.flatten_dict(dict(params))
-    tensors = {_peer_name(key): _to_peer(key, np.asarray(value)) for key, value in flat.items()}
-    save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})
+    flat = traverse_util.flatten_dict(dict(params), sep=".")
+    tensors = {name: in_memory(array) for name, array in flat.items()}
+    write_tensors(folder / "model.safetensors", to_peer(tensors))
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="flax") as file:  # Flax's reader knows bfloat16
-        layout = (file.metadata() or {}).get("format", "pt")
-        return {key: file.get_tensor(key) for key in file.keys()}, layout  # noqa: SIM118
-
-
-def _unpack(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    tree = serialization.msgpack_restore(path.read_bytes())
-    return traverse_util.flatten_dict(tree, sep="."), "flax"
+def _unpack(path: Path) -> Tensors:
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+        flat = traverse_util.flatten_dict(tree, sep=".")
+        return {name: in_memory(array) for name, array in flat.items()}
+    except Exception as error:  # whatever a broken file makes of itself in there
+        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from error
 
 
-def _peer_name(key: tuple[str, ...]) -> str:
-    leaf = "weight" if key[-1] in ("kernel", "scale", "embedding") else key[-1]
-    return ".".join((*key[:-1], leaf))
-
-
-def _from_peer(key: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-    if key[-1] != "kernel":
-        return array
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
-def _to_peer(key: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-    if key[-1] == "kernel":
-        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-    return np.array(array, order="C")
+def split_tokenizer(folder: Path) -> None:
+    """Writes vocab.json and merges.txt beside a tokenizer.json: transformers 4 wants the two,
+    transformers 5 writes the one. Does nothing where they are there."""
+    if all((folder / name).is_file() for name in TOKENIZERS[0]):
+        return
+    model = read_json(folder / "tokenizer.json")["model"]
+    write_json(folder / "vocab.json", model["vocab"])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    lines = "\n".join(["#version: 0.2", *merges]) + "\n"
+    (folder / "merges.txt").write_text(lines, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -162,8 +155,32 @@ class Preprocess:
     resample: int = int(Image.Resampling.BICUBIC)
 
     @staticmethod
+    def load(folder: Path, image_size: int) -> Preprocess:
+        """What the directory says; CLIP's way at `image_size` where it says nothing.
+
+        Raises ValueError, one line, for another way or sizes that are not the model's.
+        """
+        path, described = folder / MORE[0], {}
+        if path.is_file():
+            described = read_json(path)
+        elif (folder / MORE[1]).is_file():  # transformers 5's processors
+            path = folder / MORE[1]
+            described = read_json(path).get("image_processor", {})
+        try:
+            return Preprocess.from_dict(described, image_size)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            what = str(error) if type(error) is ValueError else repr(error)
+            raise ValueError(f"{path}: {what}") from error
+
+    @staticmethod
     def from_dict(config: Mapping[str, Any], image_size: int) -> Preprocess:
         """From `preprocessor_config.json`; what it leaves out is CLIP's at `image_size`."""
+        config = {key: value for key, value in config.items() if value is not None}
+        for step in ("do_resize", "do_rescale", "do_normalize"):
+            if config.get(step, True) is not True:
+                raise ValueError(f"{step} is {config[step]}; CLIP's images are made with it")
+        if not math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+            raise ValueError(f"rescale_factor is {config['rescale_factor']}; CLIP's is 1 / 255")
         size = config.get("size", image_size)
         if isinstance(size, Mapping):
             size = size.get("shortest_edge") or (int(size["height"]), int(size["width"]))
@@ -172,17 +189,20 @@ class Preprocess:
         if not config.get("do_center_crop", True):
             crop = size if isinstance(size, tuple) else (size, size)
         least = size if isinstance(size, tuple) else (size, size)
-        if tuple(crop) != (image_size, image_size) or least < tuple(crop):
+        if tuple(crop) != (image_size, image_size) or min(least) < image_size:
             raise ValueError(
-                f"preprocessor_config.json gives {crop[0]} x {crop[1]} px images from {size}; "
+                f"it gives {crop[0]} x {crop[1]} px images from {size}; "
                 f"the model takes {image_size} x {image_size}"
             )
+        mean, std = config.get("image_mean", OPENAI_MEAN), config.get("image_std", OPENAI_STD)
+        if len(mean) != 3 or len(std) != 3 or min(map(float, std)) <= 0:
+            raise ValueError(f"image_mean {mean} or image_std {std} is not of three channels")
         return Preprocess(
             size=size,
             crop=tuple(crop),
-            mean=tuple(config.get("image_mean", OPENAI_MEAN)),
-            std=tuple(config.get("image_std", OPENAI_STD)),
-            resample=int(config.get("resample", Image.Resampling.BICUBIC)),
+            mean=tuple(map(float, mean)),
+            std=tuple(map(float, std)),
+            resample=int(Image.Resampling(config.get("resample", Image.Resampling.BICUBIC))),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,24 +29,29 @@ def _from_hub(name: str, what: str, choose, missing) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise ValueError(f"{what} {name}: no such directory, and no hub name (owner/model)")
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    with contextlib.suppress(LocalEntryNotFoundError):  # what is in the cache asks nobody
-        cached = Path(snapshot_download(name, local_files_only=True))
+    with contextlib.suppress(Exception):  # what is whole in the cache asks nobody
+        cached = Path(snapshot_download(name, local_files_only=True, allow_patterns=[]))
         if not missing(cached):
             return cached
     try:
         info = HfApi().model_info(name, timeout=10)
         wanted = choose({file.rfilename for file in info.siblings or ()})
-        if not wanted:
-            raise ValueError(f"{what} {name}: the hub's model has no {what} in a known layout")
-        return Path(snapshot_download(name, revision=info.sha, allow_patterns=list(wanted)))
+        if wanted:
+            return Path(snapshot_download(name, allow_patterns=list(wanted)))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{what} {name}: the hub gives it only to those who agreed to its terms there and"
+            " logged in here (hf auth login)"
+        ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"{what} {name}: no such directory, and no such model on the hub"
         ) from error
-    except (OSError, RuntimeError) as error:  # every failure of the network is an OSError
+    except Exception as error:  # each release of the hub's client has errors of its own
         raise ValueError(
             f"{what} {name}: no such directory, and the hub cannot be reached"
             f" ({type(error).__name__}); give a directory with the model's files"
         ) from error
+    raise ValueError(f"{what} {name}: the hub's model has no {what} in a known layout")

@@ -4,16 +4,19 @@ import json
 import shutil
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from composer_jax.cli import main
 from composer_jax.models.blocks import Keys
+from composer_jax.models.clip import Clip
 from composer_jax.models.files import in_memory, module_tensors, open_tensors, write_tensors
 from composer_jax.models.layouts import compvis_unet_rules
 from composer_jax.models.peers import to_peer
 from composer_jax.models.unet import UNet, UNetConfig
 from composer_jax.models.vae import VAE, VAEConfig
+from composer_jax.storage.models import BUNDLED
 
 UNET = UNetConfig(
     block_out_channels=(32, 64),
@@ -55,6 +58,15 @@ def test_stable_diffusion_comes_in_and_goes_back_as_it_was(sd, tmp_path, capfd):
                          for d in (sd, tmp_path / "back"))  # fmt: skip
         assert before == after
     assert not list(tmp_path.glob("*converting*"))
+
+
+def test_clip_comes_in_as_transformers_has_it(tmp_path):
+    source = BUNDLED / "clip"
+    assert main(["convert", str(source), "--out", str(tmp_path), "--dtype", "float16"]) == 0
+    before, after = Clip.load(source), Clip.load(tmp_path / "clip")
+    np.testing.assert_array_equal(before.tokenize(["a red cone"]), after.tokenize(["a red cone"]))
+    for a, b in zip(*(jax.tree.leaves(clip.params) for clip in (before, after)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2**-10, atol=1e-6)
 
 
 def test_half_precision_is_asked_for(sd, tmp_path):

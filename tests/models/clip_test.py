@@ -39,8 +39,16 @@ def folder(clip, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def peer(folder):
+    if not hasattr(transformers, "FlaxCLIPModel"):
+        pytest.skip("transformers 5 has no Flax model; parity/ compares with PyTorch's")
     with jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False):
         return transformers.FlaxCLIPModel.from_pretrained(folder)
+
+
+def processor_of(**options):
+    """transformers' preprocessing without torchvision, which its version 5 names apart."""
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    return kind(**options)
 
 
 def images(count, size=32, seed=0):
@@ -83,7 +91,7 @@ def test_embeddings_equal_the_peers(clip, folder, peer):
 def test_preprocessing_equals_the_peers_on_photos(size, crop):
     described = {"shortest_edge": size} if isinstance(size, int) else None
     described = described or {"height": size[0], "width": size[1]}
-    processor = transformers.CLIPImageProcessor(size=described, crop_size=crop)
+    processor = processor_of(size=described, crop_size=crop)
     ours = Preprocess.from_dict(processor.to_dict(), crop)
     for photo in photos():
         pixels = processor(photo, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
@@ -152,7 +160,7 @@ def test_any_text_becomes_ids_between_start_and_end(clip, text):
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60))
 def test_the_vocabulary_means_the_same_to_the_fast_tokenizer(clip, folder, text):
-    fast = transformers.CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    fast = transformers.CLIPTokenizerFast.from_pretrained(folder)
     expected = fast(text, padding="max_length", truncation=True, max_length=48)["input_ids"]
     assert clip.tokenize([text])[0].tolist() == expected
 
@@ -209,7 +217,7 @@ def test_training_pairs_images_with_their_captions(clip):
         return optax.apply_updates(params, updates), state, loss, metrics
 
     params, state = clip.params, optimizer.init(clip.params)
-    for _ in range(40):
+    for _ in range(100):
         params, state, loss, metrics = step(params, state)
     assert loss < 0.2 and metrics["accuracy"] == 1.0
     trained = clip.with_params(params)
@@ -233,12 +241,12 @@ def test_mistakes_end_in_one_clear_line(clip, folder, tmp_path):
         "no such directory": tmp_path / "nowhere",
         "owner/model": "clip",
         "is a pickle": no_weights,
-        "config.json gives|is of a 'bert' model": copy(
+        "is of a 'bert' model": copy(
             "bert", **{"config.json": json.dumps({**config, "model_type": "bert"}).encode()}
         ),
-        "config.json asks": copy("other", **{"config.json": json.dumps(other).encode()}),
+        "the model wants": copy("other", **{"config.json": json.dumps(other).encode()}),
         "is not JSON": copy("text", **{"config.json": b"hello"}),
-        "model.safetensors is broken": copy("cut", **{"model.safetensors": b"123456789"}),
+        "is not a whole safetensors file": copy("cut", **{"model.safetensors": b"123456789"}),
         "the model takes 32 x 32": copy(
             "size", **{"preprocessor_config.json": b'{"size": 224, "crop_size": 224}'}
         ),
