@@ -1,14 +1,23 @@
-# From a bare machine: `make quickstart` shows the project, `make test` checks it. Both make .venv.
+# From a bare machine: `make quickstart` shows the project, `make test` checks it, `make parity`
+# compares it with PyTorch's networks (which it installs). All make .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test
+.PHONY: quickstart test parity
 quickstart: .venv/installed
 	$(BIN)/composer quickstart --out quickstart
 
 test: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+parity: .venv/parity
+	$(BIN)/python -m pytest parity
+
+.venv/parity: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e '.[test,parity]'
+	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
