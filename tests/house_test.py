@@ -18,7 +18,16 @@ ROOMS = {
     "sampling": {"conditions", "models", "storage", "data", "diffusion"},
 }
 ROOMS["evaluation"] = ROOMS["sampling"] | {"sampling"}
-LAZY = {"transformers": {"models/clip.py"}, "cv2": {"conditions", "data"}, "tensorflow": {"data"}}
+LAZY = {
+    "transformers": {"models/clip.py"},
+    "cv2": {"conditions", "data"},
+    "tensorflow": {"data"},
+    "h5py": {"models/hed.py"},
+    "huggingface_hub": {"models/hub.py"},
+    "safetensors": {"models/files.py"},
+    "torch": set(),
+    "diffusers": set(),
+}
 
 
 def imports(path: Path):

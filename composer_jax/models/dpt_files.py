@@ -14,6 +14,7 @@ from composer_jax.models.blocks import Keys
 from composer_jax.models.depth import Preprocess, check_type
 from composer_jax.models.dpt import DPT, DPTConfig
 from composer_jax.models.files import (
+    FORMAT,
     PICKLES,
     Tensor,
     compare,
@@ -27,7 +28,7 @@ from composer_jax.models.files import (
 from composer_jax.models.hub import find_folder
 from composer_jax.models.peers import Rules, from_peer
 
-FORMAT, KIND = 1, "dpt"
+KIND = "dpt"
 WHAT = "depth network"
 _NECK = (
     (r"^reassemble\.(\d+)\.readout", r"neck.reassemble_stage.readout_projects.\1.0"),

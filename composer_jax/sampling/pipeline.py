@@ -57,7 +57,7 @@ class Pipeline:
     @cached_property
     def clip(self) -> Clip:
         """The model's CLIP, opened when first needed."""
-        return Clip.load(self.model.clip, **self.model.info["clip_text"])
+        return Clip.load(self.model.clip, **self.model.info.get("clip_text", {}))
 
     def tool(self, name: str) -> Any:
         """The tool that a condition's `extract`, `parse` and `measure` want, or None."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from composer_jax.models.blocks import Keys
@@ -145,13 +146,16 @@ def load_model(where: str | Path | None = None, dtype=jnp.float32) -> Model:
     info = read_json(folder / "model.json")
     if info.get("format") != FORMAT:
         raise ValueError(f"{folder}: format {info.get('format')}; this version reads {FORMAT}")
-    config = ComposerConfig.from_dict(info["composer"])
-
-    def build():
+    try:
+        config = ComposerConfig.from_dict(info["composer"])
         absent = {
-            name: {part: jnp.zeros(config.parts(name)[part].shape) for part in parts}
+            name: {part: np.zeros(config.parts(name)[part].shape) for part in parts}
             for name, parts in info["absent"].items()
         }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'model.json'} is broken: {error!r}") from error
+
+    def build():
         return Composer(config, absent, dtype=dtype, rngs=Keys(0))
 
     composer = nnx.eval_shape(build)
