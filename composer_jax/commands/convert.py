@@ -21,6 +21,7 @@ from composer_jax.models.files import FORMAT, Tensor, member, read_json, write_j
 from composer_jax.models.peers import to_peer
 from composer_jax.models.pretrained import (
     DIFFUSERS,
+    KINDS,
     SCHEDULER,
     Pretrained,
     find_source,
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="directory, .safetensors file or hub name")
     parser.add_argument("--out", required=True, type=Path, help="folder to write into")
     parser.add_argument("--to", choices=("ours", "diffusers"), default="ours", help="layout")
+    parser.add_argument("--only", choices=tuple(KINDS), help="of a source that has several")
     parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: as they are)")
     parser.add_argument(
         "--prediction",
@@ -59,18 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes a folder for each network in SOURCE; nothing of OUT changes before all are written."""
     source = find_source(args.source)
-    kinds = kinds_in(source)
+    kinds = [kind for kind in kinds_in(source) if args.only in (None, kind)]
     if args.to == "diffusers":
         outputs = _for_diffusers([open_network(source, kind) for kind in kinds], args.prediction)
     else:
         outputs = [_ours(open_network(source, kind), args.prediction) for kind in kinds]
-        outputs += [found] if (found := _other(source)) else []
+        outputs += [found] if not args.only and (found := _other(source)) else []
     if not outputs:
         raise ValueError(
             f"{args.source} holds no network that can be converted to {args.to!r}: no unet or vae "
             "of Stable Diffusion, no CLIP, no Depth Anything or DPT"
         )
-    stage = args.out.with_name(args.out.name + ".converting")
+    stage = args.out.resolve().parent / f"{args.out.resolve().name}.converting"
     with replacing(stage) as new:
         for output in outputs:
             _write(new / output.folder, output, args.dtype)

@@ -69,6 +69,11 @@ def test_clip_comes_in_as_transformers_has_it(tmp_path):
         np.testing.assert_allclose(a, b, rtol=2**-10, atol=1e-6)
 
 
+def test_one_of_several_is_asked_for(sd, tmp_path):
+    assert main(["convert", str(sd), "--only", "vae", "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
 def test_half_precision_is_asked_for(sd, tmp_path):
     out = ["--out", str(tmp_path), "--dtype", "float16"]
     assert main(["convert", str(sd / "vae"), *out]) == 0

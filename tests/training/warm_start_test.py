@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from composer_jax import conditions
+from composer_jax.cli import main
 from composer_jax.commands.train import train
 from composer_jax.models.blocks import Keys
 from composer_jax.models.composer import Composer, ComposerConfig, silence
@@ -111,6 +112,10 @@ def test_only_what_the_pattern_finds_is_trained(sd, tmp_path):
             same = np.array_equal(tensor.read(), after[name].read())
             assert same == (re.search(pattern, f"unet.{name}") is None), name
     assert np.abs(after["conv_in.kernel"].read()[:, :, 4:]).max() > 0
+    back = ["--to", "diffusers", "--only", "unet", "--out", str(tmp_path / "back")]
+    assert main(["convert", str(tmp_path), *back]) == 0
+    for name, tensor in open_unet(tmp_path / "back").tensors.items():
+        np.testing.assert_array_equal(tensor.read(), after[name].read())
 
 
 @pytest.mark.parametrize(
