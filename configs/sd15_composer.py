@@ -11,10 +11,10 @@ What trains is a pattern on the names of parameters:
     --config.trainable='^(?!unet\\.)|^unet\\.conv_in'          the new ones alone: 6.6 GiB
     --config.trainable='^(?!unet\\.)|^unet\\.conv_in|attn2'    and cross-attention: 6.9 GiB
 
-State is parameters, average and optimizer, float32, split over the mesh's fsdp axis. Beside it a step
-needs memory for its batch: the compiler, ahead of time for TPU v5p, 2 x 2 x 1 chips with fsdp 4 and
-4 images a chip, bfloat16, all training, puts the peak at 25.7 GiB a device (3.3 of them state); 10.6
-TFLOP, 118 ms by its own estimate.
+State is parameters, average and optimizer, float32, split over the mesh's fsdp axis. Beside it a
+step needs memory for its batch: the compiler, ahead of time for TPU v5p, 2 x 2 x 1 chips with
+fsdp 4 and 4 images a chip, bfloat16, all training, puts the peak at 25.7 GiB a device (3.3 of them
+state); 10.6 TFLOP, 118 ms by its own estimate.
 
 `:smoke` is a run of seconds for tests, around any small UNet that `init_from` names.
 """
