@@ -154,6 +154,16 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
     if source.size % vae.factor:
         raise ValueError(f"image size {source.size} is not a multiple of the codec's {vae.factor}")
     names = _conditions(config, source, tools)
+    process = Process.from_dict(config.process.to_dict())
+    composer_config = ComposerConfig(
+        unet=UNetConfig.from_dict(config.model.unet.to_dict()),
+        conditions=names,
+        sizes=clip.sizes,
+        latent_channels=vae.config.latent_channels,
+        factor=vae.factor,
+        **{key: value for key, value in config.model.items() if key != "unet"},
+    )
+    start = _start(config, composer_config, process)
     encode = nnx.jit(lambda vae, images: vae.encode(to_unit(images)))
 
     def moments(images, given):
@@ -164,19 +174,8 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
     made_by = {"vae": fingerprint(nnx.state(vae)), "clip": fingerprint(clip.params)}
     made_by |= {"tools": config.tools.to_dict()}
     pool = prepare(source, names, tools, {"moments": moments}, workdir / "pool", made_by)
-    process = Process.from_dict(config.process.to_dict())
-    composer_config = ComposerConfig(
-        unet=UNetConfig.from_dict(config.model.unet.to_dict()),
-        conditions=names,
-        sizes=clip.sizes,
-        latent_channels=vae.config.latent_channels,
-        factor=vae.factor,
-        **{key: value for key, value in config.model.items() if key != "unet"},
-    )
     absent = _absent(names, tools)
     dtype = jnp.dtype(config.dtype)
-
-    start = _start(config, composer_config, process)
 
     def create() -> Composer:
         composer = Composer(composer_config, absent, dtype=dtype, rngs=Keys(config.seed))
