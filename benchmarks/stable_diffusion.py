@@ -34,6 +34,11 @@ LOAD = (
     "U.from_pretrained(sys.argv[1], subfolder='unet')"
 )
 
+OUR_LOAD = (
+    "import sys, jax; from flax import nnx; from composer_jax.models.pretrained import open_unet; "
+    "jax.block_until_ready(nnx.state(open_unet(sys.argv[1]).load()))"
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -52,6 +57,7 @@ def main() -> None:
             "convert to ours", size, *convert, str(peer / "unet"), "--out", str(ours), *prediction
         )
         report("and back", size, *convert, str(ours), "--out", str(back), "--to", "diffusers")
+        report("our load", size, sys.executable, "-c", OUR_LOAD, str(peer))
         report("diffusers' load", size, sys.executable, "-c", LOAD, str(peer))
         in_child(compare, peer, ours, back, args.seed)
 

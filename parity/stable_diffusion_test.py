@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
@@ -13,6 +13,7 @@ from diffusers.loaders.single_file_utils import (
 from flax import nnx
 from safetensors.numpy import load_file
 
+from composer_jax.cli import main
 from composer_jax.models.files import module_tensors, write_tensors
 from composer_jax.models.layouts import compvis_unet_rules, compvis_vae_rules
 from composer_jax.models.peers import to_peer
@@ -120,6 +121,26 @@ def test_vae_moments_and_images(vae):
         latents = ours.latents(moments)
         assert distance(latents, 0.18215 * mean) < 1e-5
         assert distance(ours.decode(latents), nhwc(peer.decode(wanted.mean).sample)) < 1e-5
+
+
+def test_what_we_convert_diffusers_loads(unet, vae, tmp_path):
+    for (peer, folder), name in ((unet, "unet"), (vae, "vae")):
+        ours, back = tmp_path / f"ours_{name}", tmp_path / f"back_{name}"
+        words = ["--prediction", "v"] if name == "unet" else []
+        assert main(["convert", str(folder), "--out", str(ours), *words]) == 0
+        assert main(["convert", str(ours), "--to", "diffusers", "--out", str(back)]) == 0
+        again = type(peer).from_pretrained(back / name)
+        for key, tensor in peer.state_dict().items():
+            assert torch.equal(again.state_dict()[key], tensor)
+        x = torch.ones(1, 4, 16, 16)
+        with torch.no_grad():
+            if name == "vae":
+                assert torch.equal(again.decode(x).sample, peer.decode(x).sample)
+            else:
+                args = x, torch.tensor([9.0]), torch.ones(1, 7, peer.config.cross_attention_dim)
+                assert torch.equal(again(*args).sample, peer(*args).sample)
+                scheduler = DDIMScheduler.from_pretrained(back / "scheduler")
+                assert scheduler.config.prediction_type == "v_prediction"
 
 
 def test_compvis_names_are_those_that_diffusers_reads(unet, vae, tmp_path):

@@ -216,6 +216,7 @@ def _given(values: Mapping, ours: type, **defaults) -> dict:
 
 COMPVIS_PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 COMPVIS_UNET, COMPVIS_VAE = COMPVIS_PREFIX.values()
+COMPVIS_LOSS = r"first_stage_model\.loss\..*"  # what the codec was trained with
 
 
 def unet_from_compvis(tensors: Tensors) -> tuple[UNetConfig, Rules]:

@@ -159,14 +159,13 @@ def _compvis(path: Path, kind: Kind) -> Pretrained:
     process = {}  # of a UNet with linear layers, Stable Diffusion 2's, there are both kinds
     if kind.name == "unet" and not config.use_linear_projection:
         process = layouts.process_from_diffusers({})
-    return _translated(kind, config, tensors, path, process, rules)
+    return _translated(kind, config, tensors, path, process, rules, layouts.COMPVIS_LOSS)
 
 
-def _translated(kind: Kind, config, tensors, path: Path, process, rules) -> Pretrained:
+def _translated(kind: Kind, config, tensors, path: Path, process, rules, ignore="") -> Pretrained:
     wanted = module_tensors(_abstract(kind, config))
-    return Pretrained(
-        kind, config, from_peer(wanted, tensors, str(path), rules), str(path), process
-    )
+    ours = from_peer(wanted, tensors, str(path), rules, ignore)
+    return Pretrained(kind, config, ours, str(path), process)
 
 
 def _ours(root: Path, place: str, values: dict, kind: Kind) -> Pretrained:

@@ -1,7 +1,11 @@
 """Configs: found by name and path, overridden with care, kept with the run."""
 
+from pathlib import Path
+
+import composer_jax.configs as configs
 import pytest
 
+from composer_jax.models.unet import UNetConfig
 from composer_jax.training.config import keep_config, load_config
 
 
@@ -12,6 +16,17 @@ def test_overrides_take_the_type_that_is_there():
     )
     assert config.steps == 7 and config.optimizer.learning_rate == 1.0
     assert config.source == "folder:x" and config.conditions == ("palette", "depth")
+
+
+@pytest.mark.parametrize("path", sorted(Path(configs.__path__[0]).glob("[!_]*.py")), ids=str)
+def test_every_config_loads_and_says_how_it_is_run(path):
+    config = load_config(path.stem)
+    assert config.task in ("codec", "clip", "depth", "composer")
+    assert f"composer train --config {path.stem}" in path.read_text()
+    if config.task == "composer":
+        unet = UNetConfig.from_dict(config.model.unet.to_dict())
+        assert unet.in_channels == 4 + config.model.local_channels
+        assert load_config(f"{path.stem}:smoke").steps < 10
 
 
 @pytest.mark.parametrize(
