@@ -21,6 +21,7 @@ FORMAT = 1  # of our own directories
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 CHECKSUMS = "crc32"  # key of a file's metadata: checksum by tensor, in what we write
+LARGEST = 65504  # float16's: what is beyond, in networks that run in half precision, is damage
 MAX_JSON = 2**24  # bytes of a model's JSON
 
 
@@ -121,9 +122,9 @@ def find_weights(root: Path, *stems: str) -> Path:
 def open_tensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of all files that an index (.index.json) names.
 
-    float32, float16 and bfloat16 can be read, and must be finite. Where the file has checksums
-    (ours have) they are verified. Shards must lie in `root`. Raises ValueError, one line, for
-    anything missing or broken.
+    float32, float16 and bfloat16 can be read, and must be finite and no larger than float16's
+    largest. Where the file has checksums (ours have) they are verified. Shards must lie in `root`.
+    Raises ValueError, one line, for anything missing or broken.
     """
     refuse_pickle(path)
     if path.name.endswith(".index.json"):
@@ -167,11 +168,23 @@ def _on_disk(path: Path, name: str, entry: dict, base: int, checksum: int | None
         if checksum is not None and zlib.crc32(raw) != checksum:
             raise ValueError(f"{path} is broken: tensor {name} is not what was written")
         array = raw.view(dtype).reshape(shape)
-        if not np.isfinite(array).all():
-            raise ValueError(f"{path}: tensor {name} holds numbers that are not finite")
+        if not _plausible(array):
+            raise ValueError(
+                f"{path}: tensor {name} holds numbers that are not finite, or beyond {LARGEST}"
+            )
         return array
 
     return Tensor(shape, dtype, read)
+
+
+def _plausible(array: np.ndarray) -> bool:
+    """Whether all numbers are finite and within LARGEST.
+
+    Without their sign, the bits of floats are in the floats' order, and those of NaN above all.
+    """
+    bits = array.reshape(-1).view(f"u{array.itemsize}")
+    limit = np.asarray([LARGEST], array.dtype).view(bits.dtype)[0]
+    return not array.size or (bits & (np.iinfo(bits.dtype).max >> 1)).max() <= limit
 
 
 def _open_shards(index: Path, root: Path) -> dict[str, Tensor]:

@@ -57,6 +57,20 @@ def test_what_is_written_is_read_by_us_and_by_the_library(ours):
             np.testing.assert_array_equal(found[name], array)
 
 
+def test_damage_in_files_without_checksums_is_seen_where_it_shows(tmp_path):
+    """200 bytes of a file that a peer saved: some of them make numbers that no network holds."""
+    path, rng = tmp_path / "theirs.safetensors", np.random.default_rng(0)
+    for seed in range(20):
+        weights = np.random.default_rng(seed).standard_normal(10_000, np.float32) / 50
+        save_file({"w": weights}, path)
+        broken = bytearray(path.read_bytes())
+        for place in rng.integers(200, len(broken), 200):
+            broken[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="not finite, or beyond 65504"):
+            read(path)
+
+
 def test_any_flipped_byte_of_ours_is_seen(ours):
     whole, rng = ours.read_bytes(), np.random.default_rng(0)
     for place in rng.integers(0, len(whole), 400):
@@ -117,6 +131,7 @@ def test_numbers_that_no_network_holds_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     for array, message in [
         (np.float32([1, np.nan]), r"x\.safetensors: tensor w holds numbers that are not finite"),
+        (np.float32([1e9, 0]), r"tensor w holds numbers that are not finite, or beyond 65504"),
         (np.int32([1, 2]), r"tensor w is I32; allowed: F32, F16, BF16"),
     ]:
         save_file({"w": array}, path)
