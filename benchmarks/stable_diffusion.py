@@ -7,9 +7,9 @@ converts them to our layout and back (each in a process of its own, whose time a
 printed beside diffusers' own load), and compares one evaluation at 64 x 64 latents, one encoding
 and one decoding of 512 px, float32, relative L2. Needs the extra `parity` and 12 GB of memory.
 
-2 CPU cores, jax 0.10.2, PyTorch 2.13, SD 2.1: 15.6 s and 0.49 GB there, 14.9 s and 0.49 GB back, our
-load 14.4 s and 3.71 GB (diffusers' 5.8 s, which leaves the file mapped, unread); UNet 1.2e-6, moments
-1.8e-6, images 5.3e-6. SD 1.5: UNet 1.3e-6, moments 1.7e-6, images 4.4e-6.
+On 2 CPU cores, jax 0.10.2, PyTorch 2.13, SD 2.1: 15.6 s and 0.49 GB there, 14.9 s and 0.49 GB
+back, our load 14.4 s and 3.71 GB (diffusers' 5.8 s, which leaves the file mapped, unread); UNet
+1.2e-6, moments 1.8e-6, images 5.3e-6. SD 1.5: UNet 1.3e-6, moments 1.7e-6, images 4.4e-6.
 """
 
 import argparse
