@@ -85,35 +85,35 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _ours(found: Pretrained, prediction: str | None) -> Output:
-    process = {"process": _process(found, prediction)} if found.kind.name == "unet" else {}
-    config = {"format": FORMAT, "kind": found.kind.name, **process, **found.config.to_dict()}
+    config = {"format": FORMAT, "kind": found.kind.name, **found.config.to_dict()}
+    if found.kind.name == "unet":
+        config["process"] = _process(found, prediction)
     return Output(found.kind.name, {"config.json": config}, "model.safetensors", found.tensors)
 
 
 def _for_diffusers(networks: list[Pretrained], prediction: str | None) -> list[Output]:
     outputs = []
     for found in networks:
-        name = found.kind.name
-        config = found.kind.to_diffusers(found.config)
-        texts, weights = {"config.json": config}, f"{DIFFUSERS}.safetensors"
-        outputs.append(Output(name, texts, weights, to_peer(found.tensors)))
-        if name == "unet":
-            scheduler = layouts.process_to_diffusers(_process(found, prediction))
-            outputs.append(Output("scheduler", {Path(SCHEDULER).name: scheduler}, "", {}))
+        texts = {"config.json": found.kind.to_diffusers(found.config)}
+        weights, tensors = f"{DIFFUSERS}.safetensors", to_peer(found.tensors)
+        outputs.append(Output(found.kind.name, texts, weights, tensors))
+        if found.kind.name == "unet" and (process := _process(found, prediction)):
+            scheduler = {Path(SCHEDULER).name: layouts.process_to_diffusers(process)}
+            outputs.append(Output("scheduler", scheduler, "", {}))
     return outputs
 
 
 def _process(found: Pretrained, prediction: str | None) -> dict:
+    """What the UNet predicts, {} where neither the source nor the user says it."""
     known = dict(found.process)
-    if not known and prediction is None:
-        raise ValueError(
-            f"{found.where} does not say what its UNet predicts; give --prediction eps or v "
-            "(of Stable Diffusion 2, the 512 px base predicts eps, the 768 px model v)"
-        )
     if known and prediction not in (None, known["prediction"]):
         raise ValueError(
             f"--prediction is {prediction}; {found.where} was trained for {known['prediction']}"
         )
+    if not known and prediction is None:
+        print(f"{found.where} does not say what its UNet predicts; --prediction eps or v would (of "
+              "Stable Diffusion 2, the 512 px base predicts eps, the 768 px model v)")  # fmt: skip
+        return {}
     return known or {"prediction": prediction, "schedule": "sd", "zero_terminal_snr": False}
 
 

@@ -13,7 +13,7 @@ from itertools import count
 from composer_jax.models.files import Tensors
 from composer_jax.models.peers import Rules
 from composer_jax.models.unet import UNetConfig
-from composer_jax.models.vae import VAEConfig
+from composer_jax.models.vae import VAEConfig, check_size
 
 # what our networks do, under diffusers' keys; any other value is another network
 UNET_FIXED = {
@@ -101,6 +101,7 @@ def vae_from_diffusers(values: Mapping) -> VAEConfig:
             "latents_std", "mid_block_add_attention"}  # fmt: skip
     _only(values, "AutoencoderKL", fixed, VAEConfig, free)
     channels, scale = values.get("latent_channels", 4), values.get("scaling_factor", 0.18215)
+    check_size("latent_channels", channels)
     mean = values.get("latents_mean") or [values.get("shift_factor") or 0.0] * channels
     std = values.get("latents_std") or [1.0] * channels
     return VAEConfig.from_dict(

@@ -109,7 +109,7 @@ def open_network(source, name: str) -> Pretrained:
     values = read_json(member(root, place))
     try:
         return (_ours if "format" in values else _diffusers)(root, place, values, kind)
-    except (TypeError, AttributeError, KeyError) as error:  # a config's value of another type
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # of a wrong value
         raise ValueError(f"{root / place} is broken: {error!r}") from error
 
 
@@ -186,7 +186,7 @@ def _ours(root: Path, place: str, values: dict, kind: Kind) -> Pretrained:
         tensors = open_tensors(path, root)
     wanted = module_tensors(_abstract(kind, config))
     compare({name: t.shape for name, t in wanted.items()}, tensors, str(path))
-    return Pretrained(kind, config, tensors, str(path), values.get("process", {}))
+    return Pretrained(kind, config, tensors, str(path), dict(values.get("process", {})))
 
 
 def _abstract(kind: Kind, config, dtype=jnp.float32) -> nnx.Module:

@@ -49,9 +49,7 @@ class UNetConfig:
     patch: int = 1
 
     def __post_init__(self):
-        check_sizes(
-            self, "in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "patch"
-        )
+        check_sizes(self, "in_channels", "out_channels", "cross_attention_dim", "patch")
         check_widths(self)
         levels = len(self.block_out_channels)
         for name, kind in (("attention", bool), ("heads", int)):

@@ -49,7 +49,7 @@ class VAEConfig:
     latent_std: tuple[float, ...] = (1 / 0.18215,) * 4
 
     def __post_init__(self):
-        check_sizes(self, "in_channels", "latent_channels", "layers_per_block", "patch")
+        check_sizes(self, "in_channels", "latent_channels", "patch")
         check_widths(self)
         for name in ("latent_mean", "latent_std"):
             numbers = getattr(self, name)
@@ -86,22 +86,27 @@ def strict(cls, values: Mapping) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def check_sizes(config, *names: str) -> None:
-    """Raises ValueError where one of these is no whole number from 1."""
+def check_sizes(config, *names: str, largest: int = 2**16) -> None:
+    """Raises ValueError where one of these is no whole number from 1 to `largest`."""
     for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; a whole number from 1 is wanted")
+        check_size(name, getattr(config, name), largest)
+
+
+def check_size(name: str, value, largest: int = 2**16) -> None:
+    """Raises ValueError where a value is no whole number from 1 to `largest`."""
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ValueError(f"{name} is {value!r}; a whole number from 1 to {largest} is wanted")
 
 
 def check_widths(config) -> None:
     """Raises ValueError where `block_out_channels` are no multiples of `norm_num_groups`."""
     widths, groups = config.block_out_channels, config.norm_num_groups
     check_sizes(config, "norm_num_groups")
-    whole = isinstance(widths, tuple) and all(type(w) is int and w > 0 for w in widths)
-    if not whole or not widths:
-        raise ValueError(f"block_out_channels is {widths!r}; a list of widths is wanted")
+    check_sizes(config, "layers_per_block", largest=64)
+    if not isinstance(widths, tuple) or not 1 <= len(widths) <= 16:
+        raise ValueError(f"block_out_channels is {widths!r}; 1 to 16 widths are wanted")
     for width in widths:
+        check_size("block_out_channels", width)
         if width % groups:
             raise ValueError(f"block_out_channels {width} is no multiple of {groups} groups")
 

@@ -232,6 +232,7 @@ def _start(config, composer_config: ComposerConfig, process: Process) -> dict[st
     if not config.init_from:
         return {}
     unet = open_unet(config.init_from)
+    Process.from_dict(unet.process)  # what is no process is said here
     for key, value in unet.process.items():
         if process.to_dict()[key] != value:
             raise ValueError(

@@ -87,17 +87,22 @@ def test_a_model_goes_to_diffusers_or_is_told_why_not(run, tmp_path, capfd):
     assert not (tmp_path / "x").exists()
 
 
-def test_what_a_single_file_predicts_is_asked(sd, drawn, tmp_path, capfd):
+def test_what_a_single_file_predicts_is_left_open_or_given(sd, drawn, tmp_path, capfd):
     config = replace(UNET, use_linear_projection=True, heads=(1, 1))
     unet = drawn(lambda: UNet(config, rngs=Keys(0)), 1)
     path = tmp_path / "v2.safetensors"
     write_tensors(path, to_peer(module_tensors(unet), compvis_unet_rules(config)))
-    command = ["convert", str(path), "--out", str(tmp_path / "ours")]
-    assert main(command) == 2
-    assert "give --prediction eps or v" in capfd.readouterr().err
-    assert main([*command, "--prediction", "v"]) == 0
-    written = json.loads((tmp_path / "ours" / "unet" / "config.json").read_text())
-    assert written["process"]["prediction"] == "v"
+    ours = tmp_path / "ours"
+    for words, said, process in (
+        ([], "does not say what its UNet predicts; --prediction eps or v would", {}),
+        (["--prediction", "v"], "wrote unet", {"prediction": "v", "schedule": "sd",
+                                               "zero_terminal_snr": False}),
+    ):  # fmt: skip
+        assert main(["convert", str(path), "--out", str(ours), *words]) == 0
+        assert said in capfd.readouterr().out
+        assert json.loads((ours / "unet" / "config.json").read_text())["process"] == process
+    assert main(["convert", str(ours), "--out", str(ours), "--prediction", "eps"]) == 2
+    assert "was trained for v" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

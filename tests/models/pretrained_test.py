@@ -156,6 +156,8 @@ def test_tensors_that_do_not_fit_are_named(sd, edit, message):
         ("up_block_types", ["UpBlock2D"] * 3, "up_block_types is"),
         ("transformer_layers_per_block", [1, 2, 10], "transformer_layers_per_block is"),
         ("block_out_channels", "wide", "block_out_channels is 'wide'"),
+        ("block_out_channels", [32, 64, 10**12], "block_out_channels is 1000000000000"),
+        ("layers_per_block", 10**9, "a whole number from 1 to 64"),
         ("block_out_channels", [32, 64], "block_out_channels|one bool a level"),
         ("layers_per_block", 1.5, "layers_per_block is 1.5"),
         ("attention_head_dim", [8, 8], "heads is"),
@@ -172,6 +174,19 @@ def test_configs_of_other_networks_are_refused(sd, key, value, message):
     write_json(path, json.loads(path.read_text()) | {key: value})
     with pytest.raises(ValueError, match=message):
         open_unet(sd)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scaling_factor", 0), ("scaling_factor", float("nan")), ("latent_channels", 10**12),
+     ("latents_std", [0, 1, 1, 1]), ("latents_mean", "0"), ("block_out_channels", 3),
+     ("layers_per_block", True), ("_class_name", ["AutoencoderKL"])],
+)  # fmt: skip
+def test_codecs_that_cannot_be_are_refused(sd, key, value):
+    path = sd / "vae" / "config.json"
+    write_json(path, json.loads(path.read_text()) | {key: value})
+    with pytest.raises(ValueError, match=r"vae.config\.json"):
+        open_vae(sd)
 
 
 def test_no_changed_byte_crashes(sd, networks):
