@@ -1,6 +1,16 @@
 """What an image is made of: one file a condition, found by name (`get`, `names`)."""
 
-from composer_jax.conditions.base import Condition, Feature, Part, get, names, register
+from composer_jax.conditions.base import Condition, Feature, Part, Value, get, names, register
 from composer_jax.conditions.image import load_array, load_image
 
-__all__ = ["Condition", "Feature", "Part", "get", "load_array", "load_image", "names", "register"]
+__all__ = [
+    "Condition",
+    "Feature",
+    "Part",
+    "Value",
+    "get",
+    "load_array",
+    "load_image",
+    "names",
+    "register",
+]

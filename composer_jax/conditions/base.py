@@ -55,6 +55,13 @@ class Feature:
     resize: str = ""
 
 
+class Value(dict):
+    """A value that is ready for the network (of `Condition.value` or `blend`): part -> array.
+
+    Taken wherever a stored value is, so that what was mixed need not be stored again.
+    """
+
+
 class Condition(abc.ABC):
     """One factor of an image: how it is taken out, stored, given to the network and measured.
 
@@ -137,9 +144,9 @@ class Condition(abc.ABC):
             return one(self.feature, stored)
         return {name: one(feature, stored[name]) for name, feature in self.feature.items()}
 
-    def blend(self, a: Mapping[str, Any], b: Mapping[str, Any], amount: float) -> dict:
+    def blend(self, a: Mapping[str, Any], b: Mapping[str, Any], amount: float) -> Value:
         """Interpolates two values, from `a` (`amount` 0) to `b` (1); embeddings on the sphere."""
-        mixed = {}
+        mixed = Value()
         for name, part in self.parts.items():
             mix = slerp if part.shape == ("embed_width",) else _lerp
             mixed[name] = mix(jnp.asarray(a[name]), jnp.asarray(b[name]), amount)

@@ -1,11 +1,22 @@
 """Pure math of diffusion, no networks: the process, the solvers, the guidance plan."""
 
-from composer_jax.diffusion.guidance import Plan, Use, as_uses, build_plan, mix, two_sets, use
+from composer_jax.diffusion.guidance import (
+    Plan,
+    Use,
+    as_uses,
+    bank,
+    build_plan,
+    mix,
+    rescale,
+    trimmed,
+    two_sets,
+    use,
+)
+from composer_jax.diffusion.inversion import inversion_times, invert
 from composer_jax.diffusion.process import Process
 from composer_jax.diffusion.solvers import (
     SOLVERS,
     evaluation_times,
-    invert,
     sample,
     solver_evaluations,
 )
@@ -16,12 +27,16 @@ __all__ = [
     "Process",
     "Use",
     "as_uses",
+    "bank",
     "build_plan",
     "evaluation_times",
+    "inversion_times",
     "invert",
     "mix",
+    "rescale",
     "sample",
     "solver_evaluations",
+    "trimmed",
     "two_sets",
     "use",
 ]

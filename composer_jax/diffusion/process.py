@@ -135,8 +135,8 @@ class Process:
         slope = {"flow": alpha + sigma, "eps": alpha, "v": alpha**2 + sigma**2}[self.prediction]
         return jnp.minimum(alpha**2, self.min_snr * sigma**2) / slope**2
 
-    def times(self, steps: int, spacing: str = "uniform") -> np.ndarray:
-        """A solver's grid on the host: float32 [steps + 1], from 1 down to 0.
+    def times(self, steps: int, spacing: str = "uniform", start: float = 1.0) -> np.ndarray:
+        """A solver's grid on the host: float32 [steps + 1], from `start` down to 0.
 
         "uniform" is even. "trailing" is too, rounded to the 1000 steps that Stable Diffusion was
         trained at (arXiv 2305.08891, section 3.3; diffusers' `timestep_spacing="trailing"`).
@@ -145,7 +145,7 @@ class Process:
         one_of("spacing", spacing, SPACINGS)
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
             raise ValueError(f"steps is {steps!r}; a whole number from 1 is wanted")
-        times = np.linspace(1.0, 0.0, steps + 1)
+        times = np.linspace(start, 0.0, steps + 1)
         if spacing == "trailing":
             if steps > TIMESTEPS:
                 raise ValueError(f"steps is {steps}; trailing spacing has {TIMESTEPS} at most")

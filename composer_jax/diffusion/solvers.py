@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ import numpy as np
 from composer_jax.diffusion.process import Process, is_number, one_of
 
 SOLVERS = ("ddim", "euler", "heun", "dpmpp2m")
-INVERTIBLE = ("ddim", "euler")
 TINY = 1e-30
 
 Evaluate = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -67,14 +66,16 @@ def sample(
     solver: str = "dpmpp2m",
     key: jax.Array | None = None,
     eta: float | jax.Array = 0.0,
-) -> jax.Array:
+    has_aux: bool = False,
+) -> jax.Array | tuple[jax.Array, Any]:
     """Runs a solver from x_T down the grid of times; returns float32 of x_T's shape.
 
     `evaluate(x, t, index)`: the raw network output at x float32 [B, ...], process time t (scalar),
     evaluation index (scalar int32 below `solver_evaluations`). `times`: float32 [steps + 1] as of
     `Process.times`; it may start below 1 (x_T is x there) and end above 0 (so does the result).
     `eta`: ddim's noise, 0 none, 1 ancestral; it needs a `key`, one or [B] (one an example, so
-    that an example's noise does not depend on the batch).
+    that an example's noise does not depend on the batch). `has_aux`: `evaluate` returns (output,
+    aux), and the result is (x, aux stacked [S, ...]).
 
     Raises ValueError for an unknown solver, a grid without a step, or eta that cannot be used.
     """
@@ -85,26 +86,10 @@ def sample(
     if not plain and key is None:
         raise ValueError("eta needs a key to draw noise from")
     noise = None if plain else (eta, key)
-    return _run(evaluate, x_T, jnp.asarray(times, jnp.float32), process, solver, noise)
+    return run(evaluate, x_T, jnp.asarray(times, jnp.float32), process, solver, noise, has_aux)
 
 
-def invert(
-    evaluate: Evaluate,
-    x0: jax.Array,
-    times: jax.Array,
-    process: Process,
-    solver: str = "ddim",
-) -> jax.Array:
-    """The same ODE upwards: the x_T from which `sample` (without noise) comes back to about x0.
-
-    Arguments as for `sample`, `times` from 1 to 0 likewise; evaluation 0 is the one at the last of
-    them (arXiv 2105.05233, appendix F). Raises ValueError for a solver other than ddim and euler.
-    """
-    one_of("solver for inversion", solver, INVERTIBLE)
-    return _run(evaluate, x0, jnp.asarray(times, jnp.float32)[::-1], process, solver, None)
-
-
-def _run(evaluate, x, times, process, solver, noise) -> jax.Array:
+def run(evaluate, x, times, process, solver, noise=None, has_aux=False):
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"times has shape {times.shape}; [steps + 1] is wanted, steps at least 1")
     update = {
@@ -116,9 +101,11 @@ def _run(evaluate, x, times, process, solver, noise) -> jax.Array:
 
     def body(carry, step):
         x, memory = carry
-        output = evaluate(x, step.at, step.index).astype(jnp.float32)
-        x0, eps = process.x0_eps(output, x, step.at)
-        return update(step, x, x0, eps, memory), None
+        output, aux = evaluate(x, step.at, step.index), None
+        if has_aux:
+            output, aux = output
+        x0, eps = process.x0_eps(output.astype(jnp.float32), x, step.at)
+        return update(step, x, x0, eps, memory), aux
 
     x = jnp.asarray(x, jnp.float32)
     number, second = _steps(solver, len(times) - 1)
@@ -128,8 +115,8 @@ def _run(evaluate, x, times, process, solver, noise) -> jax.Array:
     )
     index = jnp.arange(len(number), dtype=jnp.int32)
     steps = Step(index, times[number + second], start, end, before, jnp.asarray(second == 1))
-    (x, _), _ = jax.lax.scan(body, (x, jnp.zeros_like(x)), steps)
-    return x
+    (x, _), aux = jax.lax.scan(body, (x, jnp.zeros_like(x)), steps)
+    return (x, aux) if has_aux else x
 
 
 def _steps(solver: str, steps: int) -> tuple[np.ndarray, np.ndarray]:

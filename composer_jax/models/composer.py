@@ -71,6 +71,14 @@ class ComposerConfig:
             resolved[part_name] = replace(part, shape=shape)
         return resolved
 
+    def having(self, kind: str) -> tuple[str, ...]:
+        """The conditions with a part of that kind ("spatial", "vector", "tokens"), in order."""
+
+        def has(name: str) -> bool:
+            return any(part.kind == kind for part in self.parts(name).values())
+
+        return tuple(name for name in self.conditions if has(name))
+
     def token_parts(self, name: str) -> dict[str, Part]:
         """The parts of a condition that become context tokens.
 
@@ -176,7 +184,7 @@ class Composer(nnx.Module):
                 if part.kind == "spatial":
                     maps = values[name][part_name].astype(self.dtype)
                     local[name] = self.stems[f"{name}_{part_name}"](maps) + local.get(name, 0.0)
-        embedding = {name: self._embed(name, values[name]) for name in self._with_vectors()}
+        embedding = {name: self._embed(name, values[name]) for name in self.config.having("vector")}
         return Encoded(local, embedding, self.unet.project_context(self._context(values)))
 
     def encode_absent(self) -> Encoded:
@@ -187,15 +195,9 @@ class Composer(nnx.Module):
             else {key: jnp.zeros((1, *p.shape)) for key, p in self.config.token_parts(name).items()}
             for name in self.config.conditions
         }
-        encoded = [name for name in self._with_vectors() if name in self.absent]
+        encoded = [name for name in self.config.having("vector") if name in self.absent]
         embedding = {name: self._embed(name, values[name]) for name in encoded}
         return Encoded({}, embedding, self.unet.project_context(self._context(values)))
-
-    def _with_vectors(self) -> list[str]:
-        def has_vector(name):
-            return any(part.kind == "vector" for part in self.config.parts(name).values())
-
-        return [name for name in self.config.conditions if has_vector(name)]
 
     def _embed(self, name: str, value: Mapping[str, jax.Array]) -> Float[Array, "b e"]:
         vectors = [k for k, part in self.config.parts(name).items() if part.kind == "vector"]
