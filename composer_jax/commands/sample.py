@@ -3,44 +3,84 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from composer_jax import conditions
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
-from composer_jax.commands.pictures import grid, save_png
+from composer_jax.commands.pictures import grid, labelled_sheet, save_png
 from composer_jax.conditions.decompose import decompose
 from composer_jax.data.tools import load_tools
 from composer_jax.diffusion import SOLVERS, Use, use
+from composer_jax.diffusion.process import SPACINGS
+from composer_jax.evaluation.obedience import APART, obedience, pairs
+from composer_jax.evaluation.report import Report
+from composer_jax.sampling.options import Options
 from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.storage.series import Series, describe_model, describe_uses
+
+SHOWN = 64  # images in grid.png and in the report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; those of conditions are generated from the registry."""
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--model", help="model directory or training workdir (default: bundled)")
     parser.add_argument("--from", dest="image", help="an image to take conditions from")
     parser.add_argument("--use", help="which conditions to take from it, separated by commas")
     parser.add_argument("--count", type=int, default=4, help="how many images (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on seed and i alone")
-    parser.add_argument("--steps", type=int, help="solver steps (default: the model's)")
-    parser.add_argument("--guidance", type=float, help="guidance weight, 1 for none")
-    parser.add_argument("--solver", choices=SOLVERS)
+    parser.add_argument(
+        "--report", action="store_true", help="measure how images obey; report.html"
+    )
+    parser.add_argument(
+        "--previews", type=int, metavar="K", help="OUT/previews, every K evaluations"
+    )
+    add_sampling_arguments(parser)
     add_tool_arguments(parser)
     for name in conditions.names():
         group = parser.add_argument_group(name, conditions.get(name).doc)
         group.add_argument(f"--{name}", metavar="VALUE")
         group.add_argument(f"--{name}.strength", type=float, metavar="0..1", default=1.0)
-        group.add_argument(f"--{name}.window", type=_window, metavar="START:END", default=(0, 1))
+        group.add_argument(f"--{name}.window", type=_span, metavar="START:END", default=(0, 1))
         group.add_argument(f"--{name}.scale", type=float, metavar="WEIGHT")
         group.add_argument(f"--{name}.region", metavar="PNG", help="white where it acts")
         group.add_argument(f"--{name}.negative", metavar="VALUE", help="to move away from")
 
 
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and how it is sampled: the fields of `Options`."""
+    parser.add_argument("--model", help="model directory or training workdir (default: bundled)")
+    parser.add_argument("--guide", help="a weaker model, for --autoguidance")
+    parser.add_argument("--size", type=int, help="of the images in pixels (default: the model's)")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on seed and i alone")
+    group = parser.add_argument_group("sampling", "how images are sampled (default: the model's)")
+    group.add_argument("--steps", type=int, help="solver steps")
+    group.add_argument("--solver", choices=SOLVERS)
+    group.add_argument("--spacing", choices=SPACINGS, help="of the grid of times")
+    group.add_argument("--eta", type=float, help="noise of solver ddim, 0 to 1")
+    group.add_argument("--guidance", type=float, help="guidance weight, 1 for none")
+    group.add_argument("--interval", type=_span, metavar="START:END", help="in which guidance acts")
+    group.add_argument("--rescale", type=float, help="guidance's contrast taken back, 0 to 1")
+    group.add_argument("--autoguidance", type=float, help="weight against the guide, 1 for none")
+    group.add_argument("--batch", type=int, help="images at a time")
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What those arguments say, None where nothing; wrong values are refused here."""
+    names = ("steps", "solver", "spacing", "eta", "guidance", "interval")
+    names += ("rescale", "autoguidance", "batch")
+    options = {name: getattr(args, name) for name in names}
+    if options["autoguidance"] not in (None, 1.0) and not args.guide:
+        raise ValueError("--autoguidance needs --guide, a weaker model of the same conditions")
+    Options(solver="ddim").but(**options | {"solver": options["solver"] or "ddim"})
+    return options
+
+
 def run(args: argparse.Namespace) -> None:
-    """Writes OUT/0000.png ... and OUT/grid.png."""
+    """Writes OUT/0000.png ... and OUT/grid.png; images of the same call are not made again."""
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; it must be at least 1")
     if bool(args.image) != bool(args.use):
@@ -48,7 +88,31 @@ def run(args: argparse.Namespace) -> None:
     wanted = args.use.split(",") if args.use else []
     for name in wanted:
         conditions.get(name)
-    pipe = Pipeline.load(args.model)
+    options = sampling_options(args)
+    pipe = Pipeline.load(args.model, guide=args.guide, size=args.size)
+    uses = pipe.uses(_given(args, pipe, wanted))
+    series = Series(args.out, _call(args, pipe, uses, options))
+    images = pipe.stream(
+        uses,
+        count=args.count,
+        seed=args.seed,
+        first=series.first,
+        preview=_preview(args.out) if args.previews else None,
+        every=args.previews,
+        **options,
+    )
+    bar = {"total": args.count, "unit": "image", "disable": args.count < 2}
+    for i, image in enumerate(tqdm(images, initial=series.first, **bar), series.first):
+        series.add(i, image)
+    shown = series.images(min(args.count, SHOWN))
+    save_png(args.out / "grid.png", grid(shown, min(len(shown), 8)))
+    print(f"{args.count} images given {', '.join(uses) or 'nothing'} in {args.out}, see grid.png")
+    if args.report:
+        _report(args, pipe, uses, shown, options)
+
+
+def _given(args: argparse.Namespace, pipe: Pipeline, wanted: list[str]) -> dict[str, list[Use]]:
+    """The uses that the command line asks for."""
     given: dict[str, Any] = {}
     if args.image:
         tools = {"clip": pipe.clip, **load_tools(**named_tools(args))}
@@ -71,19 +135,65 @@ def run(args: argparse.Namespace) -> None:
             )
         if away is not None:
             uses.setdefault(name, []).append(use(away, negative=True))
-    images = pipe(
-        uses,
-        count=args.count,
-        seed=args.seed,
-        steps=args.steps,
-        guidance=args.guidance,
-        solver=args.solver,
+    return uses
+
+
+def _call(args, pipe: Pipeline, uses: dict[str, list[Use]], options: dict[str, Any]) -> dict:
+    """Everything that decides what the images are, but their count."""
+    return {
+        "model": describe_model(pipe.model),
+        "guide": describe_model(pipe.guide) if pipe.guide else None,
+        "size": pipe.size,
+        "seed": args.seed,
+        **describe_uses(uses),
+        **asdict(pipe.defaults.but(**options)),
+    }
+
+
+def _preview(out: Path):
+    """Writes OUT/previews/STEP.png."""
+    return lambda step, images: save_png(
+        out / "previews" / f"{step:04d}.png", grid(images, min(len(images), 8))
     )
+
+
+def _report(args, pipe: Pipeline, uses, images: np.ndarray, options: dict[str, Any]) -> None:
+    """OUT/report.html: each image, its conditions as wanted and as taken out of it again."""
+    tools = {"clip": pipe.clip, **load_tools(**named_tools(args))}
+    found = obedience(uses, images, tools)
+    page = Report("How the images obey", f"{len(images)} images, {args.out}")
+    table = []
+    for one in found:
+        scores = one.scores[np.isfinite(one.scores)]
+        if len(scores):
+            table.append([one.name, *(f"{f(scores):.3f}" for f in (np.mean, np.min, np.max))])
+            print("{:10} mean {}  worst {}  best {}".format(*table[-1]))
+        else:
+            print(f"{one.name:10} not measured: {one.reason or 'its measure does not apply here'}")
+    page.text("Each condition by its own measure; 1 is perfect.")
+    page.table(["condition", "mean", "worst", "best"], table)
+    names = [name for name in uses if any(not one.negative for one in uses[name])]
+    if len(names) > 1:
+        rows = pairs(*pipe.conflict(uses, seed=args.seed, **options))
+        page.heading("Conflict")
+        page.text("Cosines between directions of guidance; below 0, two conditions pull apart.")
+        cells = [[f"{a} and {b}", *(f"{cosine:.2f}" for cosine in rest)] for a, b, *rest in rows]
+        page.table(["conditions", "early", "late", "mean"], cells)
+        for a, b, _, _, mean in rows:
+            if mean < APART:
+                print(f"{a} and {b} pull apart (cosine {mean:.2f})")
+    page.heading("Images")
     for i, image in enumerate(images):
-        save_png(args.out / f"{i:04d}.png", image)
-    save_png(args.out / "grid.png", grid(images, min(len(images), 8)))
-    asked = ", ".join(uses) or "nothing"
-    print(f"{len(images)} images given {asked} in {args.out}, see grid.png")
+        row = {"image": image}
+        for one in found:
+            condition = conditions.get(one.name)
+            row[f"{one.name}, wanted"] = condition.render(one.use.value)
+            if one.got[i] is not None:
+                row[f"{one.name}, got"] = condition.render(one.got[i])
+        scores = ", ".join(f"{one.name} {one.scores[i]:.3f}" for one in found if len(one.scores))
+        page.picture(labelled_sheet([row], 128), scores or f"image {i}")
+    (args.out / "report.html").write_text(page.html())
+    print(f"wanted and got beside each other in {args.out / 'report.html'}")
 
 
 def read_region(path: str) -> np.ndarray:
@@ -91,7 +201,7 @@ def read_region(path: str) -> np.ndarray:
     return conditions.load_image(path).mean(-1, dtype=np.float32) / 255.0
 
 
-def _window(text: str) -> tuple[float, float]:
+def _span(text: str) -> tuple[float, float]:
     start, colon, stop = text.partition(":")
     try:
         return float(start), float(stop if colon else "nothing")

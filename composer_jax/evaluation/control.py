@@ -89,16 +89,14 @@ def sample_each(
 ) -> np.ndarray:
     """One sample for each example, given its conditions `names`; uint8 [B, H, W, 3].
 
-    Runs in padded chunks of one shape, so that there is one compilation. `options`: steps, guidance
-    and solver of `Pipeline.sample`.
+    `options`: of `Pipeline.sample`.
     """
     uses = {name: [Use(None)] for name in names}
     images = []
     for start in range(0, len(stored), CHUNK):
         chunk = [{name: [row[name]] for name in names} for row in stored[start : start + CHUNK]]
-        padded = chunk + chunk[-1:] * (CHUNK - len(chunk))
-        seeds = [(seed, start + i) for i in range(CHUNK)]
-        images.append(pipe.sample(uses, padded, seeds=seeds, **options)[: len(chunk)])
+        seeds = [(seed, start + i) for i in range(len(chunk))]
+        images.append(pipe.sample(uses, chunk, seeds=seeds, batch=CHUNK, **options))
         progress(len(chunk))
     return np.concatenate(images)
 

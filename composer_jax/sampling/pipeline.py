@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +15,87 @@ import numpy as np
 from flax import nnx
 
 from composer_jax import conditions
-from composer_jax.diffusion import solvers
-from composer_jax.diffusion.guidance import Plan, Use, as_uses, bucket, build_plan, mix
-from composer_jax.diffusion.process import Process
+from composer_jax.conditions import Value
+from composer_jax.conditions.image import fit_map
+from composer_jax.diffusion import Use, as_uses, bank, build_plan, inversion, solvers, trimmed
+from composer_jax.diffusion.guidance import bucket
+from composer_jax.diffusion.process import Process, one_of
 from composer_jax.models.clip import Clip
+from composer_jax.sampling.compiled import Programs
+from composer_jax.sampling.job import Job, bank_of, default_batch, place
+from composer_jax.sampling.options import Options
+from composer_jax.sampling.program import Kind, Networks, program
 from composer_jax.storage.models import Model, load_model
+
+OUTPUTS = ("images", "latents")
+EXTRAS = ("image", "noise", "keep", "preview", "every", "output")
 
 
 class Pipeline:
     """A model ready to sample. `names`: its conditions, in order; `size`: of its images.
 
-    Calls with the same count, steps, solver and number of guidance rows share one compilation,
-    whatever the conditions and how they are used.
+    Calls with the same steps, solver and bucket of guidance rows and values share one compilation,
+    whatever the conditions, how they are used, and how many images are asked for. `guide`: a
+    smaller or less trained model of the same conditions and codec, for autoguidance
+    (arXiv 2406.02507). Images are sampled on all devices of this process.
     """
 
-    def __init__(self, model: Model):
-        self.model = model
+    def __init__(self, model: Model, guide: Model | None = None, size: int | None = None):
+        self.model, self.guide = model, guide
         self.names: tuple[str, ...] = model.composer.config.conditions
         self.process = Process.from_dict(model.info["process"])
-        self.size: int = model.info["image_size"]
-        self.defaults = {"steps": 20, "guidance": 3.0, "solver": "dpmpp2m", **model.info["sampler"]}
-        graph, state = nnx.split((model.composer, model.vae))
-        self._state = state
-        self._program = jax.jit(
-            partial(_program, graph, self.process),
-            static_argnames=("side", "solver", "steps", "noisy"),
-        )
+        self.size: int = _checked_size(model, size)
+        self.defaults = Options().but(**model.info["sampler"])
+        if guide is not None:
+            for what in ("image_size", "process"):
+                if guide.info[what] != model.info[what]:
+                    raise ValueError(f"the guide's {what} is {guide.info[what]}, not the model's")
+            if guide.composer.config.conditions != self.names:
+                raise ValueError(f"the guide has other conditions; {', '.join(self.names)} wanted")
+        self._side = self.size // model.vae.factor
+        graph, state = nnx.split(_networks(model, guide))
+        names, tree = list(_by_name(state)), jax.tree.structure(state)
+        self._weights = place(_by_name(state))
+        self._preview: list[Callable] = []  # who looks now, so that another one compiles nothing
+
+        def merged(weights) -> Networks:
+            state = jax.tree.unflatten(tree, [weights[name] for name in names])
+            return Networks(*nnx.merge(graph, state))
+
+        def run(kind, weights, inputs):
+            return program(merged(weights), self.process, kind, inputs, self._show)
+
+        def encode(weights, images):
+            vae = merged(weights).vae
+            return vae.latents(vae.encode(images.astype(jnp.float32) / 127.5 - 1.0))
+
+        about = {"model": model.composer.config.to_dict(), "codec": model.vae.config.to_dict()}
+        about |= {"guide": guide and guide.composer.config.to_dict()}
+        about |= {"process": self.process.to_dict()}
+        self._program = Programs(run, about, model.clip.parent / "programs")
+        self._encode = jax.jit(encode)
 
     @classmethod
-    def load(cls, where: str | Path | None = None, dtype=jnp.float32) -> Pipeline:
-        """Opens a model directory or training workdir; without `where` the bundled model."""
-        return cls(load_model(where, dtype))
+    def load(
+        cls,
+        where: str | Path | None = None,
+        dtype=jnp.float32,
+        guide: str | Path | None = None,
+        size: int | None = None,
+    ) -> Pipeline:
+        """Opens a model directory or training workdir; without `where` the bundled model.
+
+        `guide`: the second network's directory. `size` of the images, by default that of training.
+        """
+        second = None if guide is None else load_model(guide, dtype)
+        return cls(load_model(where, dtype), second, size)
 
     def with_weights(self, model: Model) -> Pipeline:
         """The same pipeline for other weights of the same architecture; nothing is recompiled."""
         other = copy.copy(self)
         other.model = model
-        _, other._state = nnx.split((model.composer, model.vae))
+        other._networks = (model.composer, model.vae, self._networks[2])
+        other._weights = place(_by_name(nnx.state(_networks(model, self.guide))))
         return other
 
     @cached_property
@@ -64,37 +108,40 @@ class Pipeline:
         return self.clip if conditions.get(name).tool == "clip" else None
 
     def __call__(
+        self, given: Mapping[str, Any], *, count: int = 1, seed: int = 0, **options: Any
+    ) -> np.ndarray:
+        """Images uint8 [count, H, W, 3] that obey `given`.
+
+        `given`: condition -> a value, a `use(...)` of one, or a list of uses. A value is what
+        `decompose` returns, what the condition's `parse` reads, or a `Value`. Image i depends on
+        `seed` and i alone. Raises ValueError, one line, for what a condition, the plan or the
+        sampler cannot take. `options`: fields of `Options`, and
+
+            noise    float32 [count, h, w, c]: x_T, in place of what seeds draw
+            image    uint8 [H, W, 3], or one for each: what sampling begins from, with `start` < 1
+            keep     float32 [H, W] in [0, 1]: where the predicted x0 is the image's
+            preview  called with (evaluation, uint8 [B, H, W, 3]), what x0 is predicted to be
+            every    evaluations between previews (5)
+            output   "images", or "latents" float32 [count, h, w, c], before they are decoded
+        """
+        return np.stack(list(self.stream(given, count=count, seed=seed, **options)))
+
+    def stream(
         self,
         given: Mapping[str, Any],
         *,
         count: int = 1,
         seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        solver: str | None = None,
-        eta: float = 0.0,
-        interval: tuple[float, float] = (0.0, 1.0),
-    ) -> np.ndarray:
-        """Images uint8 [count, H, W, 3] that obey `given`.
-
-        `given`: condition -> a value, a `use(...)` of one, or a list of uses. A value is what
-        `decompose` returns or what the condition's `parse` reads. Image i depends on `seed` and i
-        alone. `guidance`: classifier-free guidance weight, 1 for none, in effect inside `interval`
-        (0 to 1 in process time). `eta`: noise of solver "ddim". Raises ValueError, one line, for
-        what a condition or the plan cannot take.
-        """
-        uses = {name: self._uses(name, value) for name, value in given.items()}
+        first: int = 0,
+        **options: Any,
+    ) -> Iterator[np.ndarray]:
+        """Images `first` to `count` - 1 of that call, one by one as they are made."""
+        if count < 1:
+            raise ValueError(f"count is {count}; it must be at least 1")
+        uses = self.uses(given)
         stored = {name: [u.value for u in candidates] for name, candidates in uses.items()}
-        return self.sample(
-            uses,
-            [stored] * count,
-            seeds=[(seed, i) for i in range(count)],
-            steps=steps,
-            guidance=guidance,
-            solver=solver,
-            eta=eta,
-            interval=interval,
-        )
+        seeds = [(seed, i) for i in range(count)]
+        return self._stream(self._job(uses, [stored] * count, seeds, options), first)
 
     def sample(
         self,
@@ -102,44 +149,86 @@ class Pipeline:
         stored: Sequence[Mapping[str, Sequence[Any]]],
         *,
         seeds: Sequence[tuple[int, int]],
-        steps: int | None = None,
-        guidance: float | None = None,
-        solver: str | None = None,
-        eta: float = 0.0,
-        interval: tuple[float, float] = (0.0, 1.0),
+        **options: Any,
     ) -> np.ndarray:
         """One image for each entry of `stored`, used as `uses` says; uint8 [B, H, W, 3].
 
-        `stored[b][name]`: the stored values of condition `name` for image b, one for each of
-        `uses[name]`. `seeds[b]`: (seed, index), which the image's noise is drawn from.
+        `stored[b][name]`: the values of condition `name` for image b, one for each of `uses[name]`.
+        `seeds[b]`: (seed, index), which the image's noise is drawn from.
         """
         if not stored:
             raise ValueError("count must be at least 1")
-        steps = self.defaults["steps"] if steps is None else steps
-        guidance = self.defaults["guidance"] if guidance is None else guidance
-        solver = self.defaults["solver"] if solver is None else solver
-        latent = self.size // self.model.vae.factor
-        times = solvers.evaluation_times(self.process.times(steps), solver)
-        size = (latent, latent)  # always, so that a region more or less never recompiles
-        plan = _trim(
-            build_plan(uses, self.names, times, guidance=guidance, interval=interval, size=size)
-        )
-        keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(
-            *(jnp.asarray([pair[j] for pair in seeds], jnp.uint32) for j in (0, 1))
-        )
-        images = self._program(
-            self._state,
-            self._rows(plan, stored),
-            jnp.asarray(plan.strength),
-            jnp.asarray(plan.weight),
-            keys,
-            jnp.float32(eta),
-            side=latent,
-            solver=solver,
-            steps=steps,
-            noisy=bool(eta),
-        )
-        return np.asarray(images)
+        return np.stack(list(self._stream(self._job(uses, stored, seeds, options))))
+
+    def invert(
+        self,
+        images: np.ndarray,
+        given: Mapping[str, Any],
+        *,
+        solver: str = inversion.SOLVER,
+        way: str = inversion.WAY,
+        guidance: float = 1.0,
+        **options: Any,
+    ) -> np.ndarray:
+        """The noise float32 [B, h, w, c] that sampling makes images uint8 [B, H, W, 3] of.
+
+        Deterministic, under any conditions; sampling takes it as `noise`, with the same conditions,
+        solver, steps and guidance. `way`: of `diffusion.invert`.
+        """
+        images = np.asarray(images)
+        images = images[None] if images.ndim == 3 else images
+        uses = self.uses(given)
+        stored = {name: [u.value for u in candidates] for name, candidates in uses.items()}
+        options |= {"image": images, "solver": solver, "guidance": guidance}
+        job = self._job(uses, [stored] * len(images), [(0, 0)] * len(images), options, way=way)
+        return np.concatenate([found["latents"][wanted] for found, wanted in self._run(job)])
+
+    def conflict(self, given: Mapping[str, Any], *, seed: int = 0, **options: Any):
+        """Whether conditions pull one image apart: (names, cosines float32 [S, m, m]).
+
+        Of the m conditions given, the cosine between each two directions of guidance, what either
+        alone changes of the output for nothing given, at every evaluation on the way to the image
+        that all of them give: 1 agree, 0 have nothing to do with each other, -1 contradict.
+        """
+        uses = self.uses(given)
+        names = [name for name in self.names if any(not one.negative for one in uses.get(name, ()))]
+        if len(names) < 2:
+            raise ValueError("a conflict is between conditions; give two or more")
+        stored = {name: [u.value for u in candidates] for name, candidates in uses.items()}
+        job = self._job(uses, [stored], [(seed, 0)], {**options, "batch": 1}, probe=names)
+        (found, _), *_ = self._run(job)
+        return names, np.mean(found["cosines"], axis=1)
+
+    def compile(
+        self, folder: Path | None = None, *, rows: int = 2, values: int = 1, **options: Any
+    ) -> Path:
+        """Writes the program of a bucket as StableHLO into `folder`; returns its path.
+
+        `rows`, `values`: K and J that it must hold: two rows are guidance, more are several values,
+        regions or scales. By default into the model's `programs`, where sampling looks for it.
+        """
+        job = self._job({}, [{}], [(0, 0)], options, rows=rows, values=values)
+        (inputs, _), *_ = job.inputs()
+        folder = self._program.shipped if folder is None else folder
+        return self._program.export(folder, job.kind, self._weights, inputs)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Latents float32 [B, h, w, c] of images uint8 [B, H, W, 3] at the model's size."""
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != (self.size, self.size, 3):
+            raise ValueError(
+                f"images are {images.dtype} {list(images.shape)}; "
+                f"uint8 [B, {self.size}, {self.size}, 3] are wanted"
+            )
+        return np.concatenate([self._encode(self._weights, one[None]) for one in images])
+
+    def fit_image(self, image: np.ndarray) -> np.ndarray:
+        """The middle of an image uint8 [H, W, 3], at the model's size."""
+        return fit_map(image, (self.size, self.size), "area")
+
+    def uses(self, given: Mapping[str, Any]) -> dict[str, list[Use]]:
+        """What a call is given, as uses of values at this model's size."""
+        return {name: self._uses(name, value) for name, value in given.items()}
 
     def _uses(self, name: str, value: Any) -> list[Use]:
         if name not in self.names:
@@ -150,80 +239,132 @@ class Pipeline:
     def stored(self, name: str, value: Any) -> Any:
         """What a person hands in, or stored already, as stored at this model's size."""
         condition = conditions.get(name)
+        if isinstance(value, Value):
+            return value
         if not isinstance(value, Mapping):
             value = condition.parse(value, self.tool(name))
         return condition.fit(value, (self.size, self.size))
 
-    def _rows(self, plan: Plan, stored: Sequence[Mapping[str, Sequence[Any]]]) -> dict:
-        """Values [K B, ...] of every condition for every row and image; blanks where absent."""
-        config = self.model.composer.config
-        values: dict[str, dict[str, np.ndarray]] = {}
-        for column, name in enumerate(self.names):
-            shapes = {
-                part: (self.size, self.size, *p.shape) if p.kind == "spatial" else p.shape
-                for part, p in config.parts(name).items()
-            }
-            values[name] = {
-                part: np.zeros((len(plan.source), len(stored), *shape), np.float32)
-                for part, shape in shapes.items()
-            }
-            to_value = conditions.get(name).value
-            made: dict[int, dict] = {}  # images that share a value share its making
-            for k, number in enumerate(plan.source[:, column]):
-                for b, one in enumerate(stored if number else ()):
-                    source = one[name][number - 1]
-                    if id(source) not in made:
-                        made[id(source)] = to_value(source)
-                    for part, array in made[id(source)].items():
-                        values[name][part][k, b] = array
-        return jax.tree.map(lambda a: jnp.asarray(a.reshape(-1, *a.shape[2:])), values)
+    def _job(
+        self,
+        uses,
+        stored,
+        seeds,
+        options,
+        *,
+        way: str = "",
+        probe: Sequence[str] = (),
+        rows: int = 1,
+        values: int = 1,
+    ) -> Job:
+        """Everything that the program is given, on the host."""
+        extras = {name: options[name] for name in EXTRAS if options.get(name) is not None}
+        one_of("output", extras.setdefault("output", "images"), OUTPUTS)
+        options = self.defaults.but(**{k: v for k, v in options.items() if k not in EXTRAS})
+        if options.autoguidance != 1.0 and self.guide is None:
+            raise ValueError("autoguidance needs a second model, the pipeline's guide")
+        if (options.start < 1.0 or "keep" in extras or way) and "image" not in extras:
+            raise ValueError("start below 1, keep and inversion need an image")
+        times = self.process.times(options.steps, options.spacing, options.start)
+        at = solvers.evaluation_times(times, options.solver)
+        if way:
+            at = inversion.inversion_times(times, options.solver, way)
+        spatial = self.model.composer.config.having("spatial")
+        plan = build_plan(
+            uses,
+            self.names,
+            at,
+            guidance=options.guidance,
+            interval=options.interval,
+            autoguidance=options.autoguidance,
+            size=(self._side, self._side),  # always, so that a region more or less never recompiles
+            spatial=spatial,
+            probe=probe,
+            values=values,
+        )
+        plan = trimmed(plan, rows)
+        guided = np.flatnonzero(np.any(plan.guide != 0.0, axis=(0, 2, 3)))
+        kind = Kind(
+            options.solver,
+            noisy=bool(options.eta),
+            guide=bucket(guided[-1] + 1) if len(guided) else 0,
+            inversion=way,
+            probe=bool(probe),
+            preview="preview" in extras,
+        )
+        shared = {
+            "plan": {f.name: getattr(plan, f.name) for f in fields(plan) if f.name != "probe"},
+            "times": times,
+            "own_noise": np.bool_("noise" in extras),
+            "from_known": np.bool_(options.start < 1.0),
+            "eta": np.float32(options.eta),
+            "rescale": np.float32(options.rescale),
+            "every": np.int32(extras.get("every", 5)),
+            "probe": plan.probe,
+        }
+        latents = (len(stored), self._side, self._side, self.model.composer.config.latent_channels)
+        own = {"seeds": np.asarray(seeds, np.uint32), **self._given_latents(extras, latents)}
+        made = bank_of(self.model.composer.config, self.size, stored, bank(uses, values))
+        batch = options.batch or default_batch(self._side)
+        return Job(kind, shared, own, made, batch, extras["output"], extras.get("preview"))
+
+    def _given_latents(self, extras: Mapping[str, Any], shape: tuple[int, ...]) -> dict:
+        """`noise`, `known` and `keep` for each image, as views of what is given, or of zeros."""
+        noise = np.asarray(extras.get("noise", np.float32(0.0)), np.float32)
+        if noise.ndim and noise.shape != shape:
+            raise ValueError(f"noise has shape {list(noise.shape)}; {list(shape)} is wanted")
+        known = keep = np.float32(0.0)
+        if "image" in extras:
+            images = np.asarray(extras["image"])
+            known = self.encode(images[None] if images.ndim == 3 else images)
+            if len(known) not in (1, shape[0]):
+                raise ValueError(f"{len(known)} images are given for {shape[0]} samples")
+        if "keep" in extras:
+            keep = np.asarray(extras["keep"], np.float32)
+            if keep.shape != (self.size, self.size):
+                wanted = f"[{self.size}, {self.size}]"
+                raise ValueError(f"keep has shape {list(keep.shape)}; {wanted} is wanted")
+            keep = fit_map(keep, (self._side, self._side), "area")[..., None]
+        return {
+            "noise": np.broadcast_to(noise, shape),
+            "known": np.broadcast_to(known, shape),
+            "keep": np.broadcast_to(keep, (*shape[:3], 1)),
+        }
+
+    def _run(self, job: Job, first: int = 0) -> Iterator[tuple[dict[str, np.ndarray], slice]]:
+        """Results of one microbatch after the other, and which of their rows are wanted."""
+        for inputs, wanted in job.inputs(first):
+            if job.preview:
+                self._preview[:] = [lambda i, x0, w=wanted: job.preview(int(i), np.asarray(x0)[w])]
+            found = jax.device_get(self._program(job.kind, self._weights, inputs))
+            jax.effects_barrier()
+            yield found, wanted
+
+    def _stream(self, job: Job, first: int = 0) -> Iterator[np.ndarray]:
+        for found, wanted in self._run(job, first):
+            yield from found[job.output][wanted]
+
+    def _show(self, index: jax.Array, images: jax.Array) -> None:
+        for look in self._preview:
+            look(index, images)
 
 
-def _program(
-    graph,
-    process: Process,
-    state,
-    values,
-    strength,
-    weight,
-    keys,
-    eta,
-    *,
-    side,
-    solver,
-    steps,
-    noisy,
-):
-    """Encodes conditions once, solves, decodes. Compiled for K, B, solver and steps."""
-    composer, vae = nnx.merge(graph, state)
-    rows, batch = strength.shape[1], keys.shape[0]
-    encoded, absent = composer.encode(values), composer.encode_absent()
-    shape = (side, side, composer.config.latent_channels)
-    x_T = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-    def evaluate(x, t, index):
-        x_rows = jnp.tile(x, (rows, 1, 1, 1))
-        timesteps = jnp.full(rows * batch, process.timestep(t))
-        row_strength = jnp.repeat(strength[index], batch, axis=0)
-        output = composer(x_rows, timesteps, encoded, absent, row_strength)
-        return mix(output.reshape(rows, batch, *x.shape[1:]), weight[index])
-
-    x0 = solvers.sample(
-        evaluate,
-        x_T,
-        process.times(steps),
-        process,
-        solver,
-        key=jax.vmap(jax.random.fold_in, (0, None))(keys, 1) if noisy else None,
-        eta=eta if noisy else 0.0,
-    )
-    images = vae.decode(x0)
-    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+def _checked_size(model: Model, size: int | None) -> int:
+    if size is None:
+        return model.info["image_size"]
+    unet = model.composer.config.unet
+    step = model.vae.factor * unet.patch * 2 ** (len(unet.block_out_channels) - 1)
+    if not isinstance(size, int) or size < step or size % step:
+        raise ValueError(f"size is {size!r}; a multiple of {step} pixels is wanted")
+    return size
 
 
-def _trim(plan: Plan) -> Plan:
-    """The plan without rows that never have weight, padded to the next bucket."""
-    rows = np.flatnonzero(np.any(plan.weight != 0.0, axis=(0, 2, 3)))
-    spare = np.flatnonzero(np.all(plan.weight == 0.0, axis=(0, 2, 3)))
-    keep = np.concatenate([rows, spare])[: bucket(len(rows))]
-    return Plan(plan.source[keep], plan.strength[:, keep], plan.weight[:, keep])
+def _networks(model: Model, guide: Model | None) -> tuple:
+    """The fields of `Networks`."""
+    return model.composer, model.vae, guide and guide.composer
+
+
+def _by_name(state: nnx.State) -> dict[str, jax.Array]:
+    """The arrays of networks by their dotted names."""
+    leaves = jax.tree.leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,51 +1,181 @@
 """One compiled program for every subset, and images that depend on seed and index alone."""
 
+from dataclasses import replace
+
+import jax
 import numpy as np
 import pytest
 
 import composer_jax as cj
+from composer_jax.sampling.pipeline import Pipeline
+
+LEFT = np.repeat([[1.0] * 32 + [0.0] * 32], 64, axis=0).astype(np.float32)
+RED, BLUE = ["#d62828"], ["#003049"]
 
 
-def test_toggling_conditions_never_recompiles(pipe):
-    scene = cj.open_source("scenes:1", size=64).batch([0])
-    given = {k: v[0] for k, v in scene["given"].items() if k != "caption"}
-    stored = cj.decompose(
-        scene["image"][0], given={**given, "caption": scene["given"]["caption"][0]},
-        tools={"clip": pipe.clip},
-    )  # fmt: skip
-    assert set(stored) == set(pipe.names)
-    rng = np.random.default_rng(0)
-    pipe({"palette": stored["palette"]}, steps=2)
-    before = pipe._program._cache_size()
-    for _ in range(12):
-        names = [name for name in pipe.names if rng.random() < 0.5] or ["sketch"]
-        start = float(rng.uniform(0, 0.5))
-        uses = {
-            name: cj.use(stored[name], strength=float(rng.random()), window=(start, 1.0))
-            for name in names
-        }
-        image = pipe(uses, steps=2, guidance=float(rng.uniform(1.5, 4)), seed=1)
+@pytest.fixture(scope="module")
+def scene(pipe):
+    """All eight conditions of two scenes: their images, and stored values."""
+    batch = cj.open_source("scenes:2", size=64).batch([0, 1])
+    stored = [
+        cj.decompose(
+            batch["image"][i],
+            given={name: value[i] for name, value in batch["given"].items()},
+            tools={"clip": pipe.clip},
+        )
+        for i in range(2)
+    ]
+    assert set(stored[0]) == set(pipe.names)
+    return batch["image"], stored
+
+
+def some_region(rng):
+    region = np.zeros((64, 64), np.float32)
+    region[: rng.integers(16, 64), rng.integers(0, 32) :] = rng.uniform(0.5, 1.0)
+    return region
+
+
+def test_64_random_subsets_compile_once_for_each_bucket(pipe, scene, monkeypatch):
+    """Subsets, strengths, windows, scales, regions, negatives, guidance, intervals, rescale."""
+    rng, seen, program = np.random.default_rng(0), set(), pipe._program
+    before = program.count()
+
+    def watch(kind, weights, inputs):
+        seen.add((inputs["plan"]["source"].shape[0], inputs["plan"]["area"].shape[3]))
+        return program(kind, weights, inputs)
+
+    monkeypatch.setattr(pipe, "_program", watch)
+    done = 0
+    for _ in range(64):
+        uses = {}
+        for name in pipe.names:
+            if rng.random() < 0.5:
+                begin = float(rng.uniform(0, 0.5))
+                uses[name] = [
+                    cj.use(
+                        scene[1][i][name],
+                        strength=float(rng.random()),
+                        window=(begin, 1.0) if rng.random() < 0.5 else (0.0, begin + 0.1),
+                        scale=float(rng.uniform(0, 5)) if rng.random() < 0.2 else None,
+                        region=some_region(rng) if rng.random() < 0.3 else None,
+                    )
+                    for i in range(1 + (name in ("sketch", "depth") and rng.random() < 0.3))
+                ]
+                if rng.random() < 0.2:
+                    uses[name].append(cj.use(scene[1][1][name], negative=True))
+        try:
+            image = pipe(
+                uses,
+                steps=2,
+                solver="euler",  # what no other test compiles
+                seed=int(rng.integers(100)),
+                guidance=float(rng.uniform(0, 4)),
+                interval=(0.0, float(rng.uniform(0.2, 1.0))),
+                rescale=float(rng.choice([0.0, 0.7])),
+            )
+        except ValueError as error:
+            assert "rows are needed" in str(error)  # more combinations than the largest bucket
+            continue
         assert image.shape == (1, 64, 64, 3) and image.dtype == np.uint8
-    assert pipe._program._cache_size() == before
+        done += 1
+    assert done > 40 and program.count() - before == len(seen)
 
 
 def test_an_image_depends_on_seed_and_index_alone(pipe):
-    given = {"palette": ["#d62828", "#003049"]}
-    two = pipe(given, count=2, seed=3, steps=2)
-    np.testing.assert_array_equal(two, pipe(given, count=2, seed=3, steps=2))
-    one = pipe(given, count=1, seed=3, steps=2)
-    assert np.max(np.abs(two[0].astype(int) - one[0].astype(int))) <= 1
-    assert np.any(two[0] != two[1])
+    given = {"palette": [*RED, *BLUE]}
+    ten = pipe(given, count=10, seed=3, steps=2)
+    np.testing.assert_array_equal(pipe(given, count=1, seed=3, steps=2), ten[:1])
+    np.testing.assert_array_equal(
+        list(pipe.stream(given, count=10, first=7, seed=3, steps=2)), ten[7:]
+    )
+    assert len(np.unique(ten, axis=0)) == 10
+    assert np.any(pipe(given, count=1, seed=4, steps=2) != ten[:1])
+
+
+def test_devices_change_nothing(pipe, run, monkeypatch):
+    """The same latents on eight devices and on one, noise of ddim included."""
+    options = dict(count=3, steps=3, solver="ddim", eta=0.5, batch=8, output="latents")
+    assert jax.local_device_count() == 8
+    eight = pipe({"palette": RED}, **options)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    one = Pipeline.load(run)({"palette": RED}, **options)
+    np.testing.assert_allclose(one, eight, atol=1e-5)
+
+
+def test_a_guide_that_is_the_model_itself_changes_nothing(pipe, run, scene):
+    given = {"sketch": scene[1][0]["sketch"], "palette": RED}
+    options = dict(steps=2, guidance=1.0, output="latents")
+    plain = pipe(given, **options)
+    guided = Pipeline.load(run, guide=run)
+    np.testing.assert_allclose(guided(given, autoguidance=2.5, **options), plain, atol=1e-4)
+    worse = replace(pipe.model, composer=jax.tree.map(lambda a: 0.9 * a, pipe.model.composer))
+    assert (
+        np.abs(Pipeline(pipe.model, worse)(given, autoguidance=2.5, **options) - plain).max() > 1e-3
+    )
+
+
+def test_an_image_to_start_from_and_what_is_kept_of_it(pipe, scene):
+    image = scene[0][0]
+    latents = pipe.encode(image[None])
+    kept = pipe({}, image=image, keep=np.ones((64, 64)), steps=3, output="latents")
+    np.testing.assert_allclose(kept, latents, atol=1e-4)
+    half = pipe({}, image=image, keep=LEFT, steps=3, output="latents")
+    side = latents.shape[1] // 2
+    np.testing.assert_allclose(half[:, :, :side], latents[:, :, :side], atol=1e-4)
+    assert np.abs(half - latents)[:, :, side:].mean() > 0.1
+    near = pipe({}, image=image, start=0.02, steps=2, output="latents")
+    far = pipe({}, image=image, start=0.9, steps=2, output="latents")
+    assert np.abs(near - latents).mean() < 0.1 < np.abs(far - latents).mean()
+
+
+def test_noise_can_be_given(pipe):
+    side, channels = 16, pipe.model.composer.config.latent_channels
+    noise = np.random.default_rng(0).standard_normal((2, side, side, channels), np.float32)
+    a = pipe({}, count=2, noise=noise, steps=2, seed=0)
+    np.testing.assert_array_equal(a, pipe({}, count=2, noise=noise, steps=2, seed=1))
+    assert np.any(a[0] != a[1])
+
+
+def test_inversion_comes_back(pipe, scene):
+    images, given = scene[0], {"palette": RED}
+    noise = pipe.invert(images, given, steps=20)
+    back = pipe(
+        given, count=2, noise=noise, steps=20, guidance=1.0, solver="ddim", output="latents"
+    )
+    error = np.mean((back - pipe.encode(images)) ** 2)
+    assert error < 1e-4 * np.var(pipe.encode(images))
+
+
+def test_previews(pipe):
+    seen = []
+    look = lambda index, images: seen.append((index, images.shape))  # noqa: E731
+    given = {"palette": RED}
+    watched = pipe(given, count=9, steps=4, preview=look, every=3, batch=8)
+    shapes = [(1, 64, 64, 3), (8, 64, 64, 3)]
+    assert sorted(seen) == [(index, shape) for index in (0, 3) for shape in shapes]
+    np.testing.assert_array_equal(watched, pipe(given, count=9, steps=4, batch=8))
+
+
+def test_conflict_is_a_table_of_cosines(pipe, scene):
+    stored = scene[1][0]
+    names, cosines = pipe.conflict(
+        {"palette": stored["palette"], "sketch": stored["sketch"]}, steps=3
+    )
+    assert names == [name for name in pipe.names if name in ("palette", "sketch")]
+    assert cosines.shape == (3, 2, 2)
+    np.testing.assert_allclose(cosines[:, [0, 1], [0, 1]], 1.0, atol=1e-5)
+    np.testing.assert_allclose(cosines[:, 0, 1], cosines[:, 1, 0], atol=1e-6)
+    assert (np.abs(cosines[:, 0, 1]) < 0.999).all()
 
 
 def test_regions_share_a_picture(pipe):
-    left = np.zeros((64, 64), np.float32)
-    left[:, :32] = 1.0
-    image = pipe(
-        {"palette": [cj.use(["#d62828"], region=left), cj.use(["#003049"], region=1 - left)]},
-        steps=2,
-    )
+    """Where a palette has no share, it has no say, but through the network's own reach."""
+    both = {"palette": [cj.use(RED, region=LEFT), cj.use(BLUE, region=1 - LEFT)]}
+    image = pipe(both, steps=2)
     assert image.shape == (1, 64, 64, 3)
+    one = {"palette": [cj.use(RED, region=LEFT), cj.use(RED, region=1 - LEFT)]}
+    same = pipe(one, steps=2, output="latents")
+    np.testing.assert_allclose(same, pipe({"palette": RED}, steps=2, output="latents"), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +186,14 @@ def test_regions_share_a_picture(pipe):
         ({}, {"solver": "eulr"}, "euler"),
         ({}, {"steps": 0}, "steps"),
         ({}, {"count": 0}, "at least 1"),
+        ({}, {"eta": 0.5}, "ddim"),
+        ({}, {"rescale": 2}, "rescale"),
+        ({}, {"guidence": 2}, "did you mean 'guidance'"),
+        ({}, {"autoguidance": 2}, "second model"),
+        ({}, {"start": 0.5}, "image"),
+        ({}, {"start": 0.0}, "above 0"),
+        ({}, {"noise": np.zeros((1, 2, 2, 4))}, "noise has shape"),
+        ({}, {"batch": 0}, "batch"),
     ],
 )
 def test_mistakes_are_named(pipe, given, options, message):

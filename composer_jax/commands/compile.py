@@ -1,0 +1,34 @@
+"""`composer compile --model DIR`: the sampler as StableHLO, so that a start traces no Python."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from composer_jax.commands.sample import add_sampling_arguments, sampling_options
+from composer_jax.diffusion.guidance import BUCKETS
+from composer_jax.sampling.pipeline import Pipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--out", type=Path, help="folder to write (default: MODEL/programs)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        choices=BUCKETS,
+        default=2,
+        help="evaluations that guidance mixes: 2, or more for several values, regions, scales",
+    )
+    parser.add_argument(
+        "--values", type=int, choices=BUCKETS, default=1, help="values that one condition may have"
+    )
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes one program; `sample` finds it in the model's folder."""
+    options = sampling_options(args)
+    pipe = Pipeline.load(args.model, guide=args.guide, size=args.size)
+    path = pipe.compile(args.out, rows=args.rows, values=args.values, **options)
+    print(f"{path}, {path.stat().st_size >> 10} KiB")
