@@ -93,7 +93,7 @@ class Plan:
     negative ones (2), as `area` says. `strength` float32 [S, K, n]: how strongly, in [0, 1].
     `weight` float32 [S, K, h, w], or [S, K, 1, 1]: how rows mix; `guide`, the same shape: what the
     second network's rows add. Both sum to 1 over K together. `given`, the same shape: c alone.
-    `area` float32 [S, m, 2, J, h, w]: of m spatial conditions, how strongly the j-th use acts in
+    `area` float32 [S, m, 2, J, h, w]: of m spatial conditions, in order, how strongly use j acts in
     each pixel, among the positive uses and among the negative ones. `probe` int32 [P]: rows to
     compare: of nothing, then of each probed condition alone.
     """

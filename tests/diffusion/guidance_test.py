@@ -17,7 +17,9 @@ from composer_jax.diffusion import (
     build_plan,
     evaluation_times,
     mix,
+    rescale,
     sample,
+    trimmed,
     two_sets,
     use,
 )
@@ -326,3 +328,83 @@ MANY = [use(0, region=np.eye(5)[i : i + 1]) for i in range(5)]
 def test_wrong_plans(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_spatial_uses_share_a_row_by_area():
+    """Two sketches in regions and two in windows: masks, where captions would need rows."""
+    uses = [
+        use(0, region=LEFT, strength=0.5),
+        use(1, window=(0.0, 0.5)),
+        use(2, window=(0.3, 1.0)),
+        use(3, negative=True),
+    ]
+    made = plan(
+        {"sketch": uses, "depth": use(0, region=LEFT)}, size=(2, 2), spatial=("sketch", "depth")
+    )
+    assert made.source.tolist() == [[0, 1, 0, 1], [0, 0, 0, 2]]
+    np.testing.assert_array_equal(made.strength, np.broadcast_to(made.source > 0, (10, 2, 4)))
+    assert made.area.shape == (10, 2, 2, 4, 2, 2)
+    depth, sketch = made.area[:, 0], made.area[:, 1]  # in the order of names
+    np.testing.assert_allclose(sketch[:, 0, 0], np.broadcast_to(0.5 * LEFT, (10, 2, 2)))
+    right = 1 - LEFT  # where there is no region, the uses in their windows share
+    np.testing.assert_allclose(sketch[0, 0, 1:3], [right, 0 * right])
+    np.testing.assert_allclose(sketch[4, 0, 1:3], [0.5 * right, 0.5 * right])
+    np.testing.assert_allclose(sketch[9, 0, 1:3], [0 * right, right])
+    np.testing.assert_array_equal(sketch[:, 1, 3], 1.0)
+    assert not sketch[:, 0, 3].any() and not sketch[:, 1, :3].any()
+    np.testing.assert_array_equal(depth[:, 0, 0], np.broadcast_to(LEFT, (10, 2, 2)))
+
+
+def test_autoguidance_pushes_away_from_the_guides_given_row():
+    made = plan({"caption": "a"}, guidance=3.0, autoguidance=1.5, interval=(0.0, 0.5))
+    np.testing.assert_allclose(made.weight[0, :, 0, 0], [3.5, -2.0])
+    np.testing.assert_allclose(made.guide[0, :, 0, 0], [-0.5, 0.0])
+    np.testing.assert_allclose(made.weight[9, :, 0, 0], [1.0, 0.0])
+    assert not made.guide[9].any()
+    np.testing.assert_allclose((made.weight + made.guide).sum(1), 1.0)
+    np.testing.assert_allclose(made.given[:, :, 0, 0], [[1.0, 0.0]] * 10)
+
+
+def test_given_is_what_guidance_is_compared_with():
+    """The mean of c's rows by pixel, whatever guidance, scales and negatives make of them."""
+    uses = {"palette": [use(0, region=LEFT), use(1, region=1 - LEFT)], "caption": use(0, scale=4.0)}
+    made = plan(uses, guidance=2.0, size=(2, 2))
+    np.testing.assert_allclose(made.given.sum(1), 1.0)
+    for k, source in enumerate(made.source.tolist()):
+        wanted = {(1, 0, 1, 0): LEFT, (1, 0, 2, 0): 1 - LEFT}.get(tuple(source), 0 * LEFT)
+        np.testing.assert_allclose(made.given[:, k], np.broadcast_to(wanted, (10, 2, 2)))
+
+
+def test_rescale_gives_the_given_rows_contrast_back():
+    rng = np.random.default_rng(0)
+    given, mixed = (
+        rng.normal(size=(2, 3, 4, 4, 2)) * np.array([1.0, 5.0])[:, None, None, None, None]
+    )
+    given, mixed = given.astype(np.float32), mixed.astype(np.float32)
+    np.testing.assert_array_equal(rescale(mixed, given, 0.0), mixed)
+    whole = rescale(mixed, given, 1.0)
+    np.testing.assert_allclose(np.std(whole, (1, 2, 3)), np.std(given, (1, 2, 3)), rtol=1e-5)
+    # arXiv 2305.08891, eqs. 15 and 16
+    factor = given.std((1, 2, 3), keepdims=True) / mixed.std((1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(
+        rescale(mixed, given, 0.7), 0.7 * mixed * factor + 0.3 * mixed, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_probed_conditions_get_rows_without_weight():
+    made = plan(
+        {"caption": "a", "sketch": use(0, strength=0.5)}, guidance=3.0, probe=("caption", "sketch")
+    )
+    assert made.source[made.probe].tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(made.strength[:, made.probe[2]], [[0, 0, 0, 0.5]] * 10)
+    np.testing.assert_array_equal(made.weight[:, :, 0, 0], [[3, -2, 0, 0]] * 10)
+
+
+def test_trimmed_keeps_what_acts():
+    full = plan({"caption": "a"}, guidance=1.0, probe=("caption",))
+    made = trimmed(full)
+    assert made.source[made.probe].tolist() == full.source[full.probe].tolist()
+    bare = trimmed(plan({"caption": "a"}, guidance=1.0))
+    assert bare.source.tolist() == [[1, 0, 0, 0]]
+    wide = trimmed(plan({"caption": "a"}, guidance=2.0), 3)
+    assert wide.source.shape == (4, 4) and wide.weight[0, :, 0, 0].tolist() == [2, -1, 0, 0]
