@@ -18,7 +18,8 @@ import numpy as np
 
 PREDICTIONS = ("flow", "eps", "v")
 SCHEDULES = ("flow", "sd")
-SPACINGS = ("uniform", "trailing")
+SPACINGS = ("uniform", "trailing", "karras")
+RHO = 7.0  # of the "karras" grid
 TIMESTEPS = 1000  # of Stable Diffusion's schedule
 
 
@@ -140,17 +141,56 @@ class Process:
 
         "uniform" is even. "trailing" is too, rounded to the 1000 steps that Stable Diffusion was
         trained at (arXiv 2305.08891, section 3.3; diffusers' `timestep_spacing="trailing"`).
-        Raises ValueError for steps below 1 (or above 1000, if trailing) and unknown spacings.
+        "karras" (arXiv 2206.00364, eq. 5) is dense near the image: even in sigma/alpha to the power
+        of 1/7, or in sigma on the flow schedule, from `start` to t = 1/1000, then 0; as diffusers
+        has it over the whole schedule. Raises ValueError for steps below 1 (or above 1000, if
+        trailing), an unknown spacing, a start outside (0, 1], and for "karras" where sigma/alpha
+        has no end.
         """
         one_of("spacing", spacing, SPACINGS)
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
             raise ValueError(f"steps is {steps!r}; a whole number from 1 is wanted")
+        if not (is_number(start) and 0 < start <= 1):
+            raise ValueError(f"start is {start!r}; a number above 0, at most 1, is wanted")
+        if spacing == "karras":
+            return self._karras_times(steps, start)
         times = np.linspace(start, 0.0, steps + 1)
         if spacing == "trailing":
             if steps > TIMESTEPS:
                 raise ValueError(f"steps is {steps}; trailing spacing has {TIMESTEPS} at most")
             times = np.round(times * TIMESTEPS) / TIMESTEPS
         return times.astype(np.float32)
+
+    def _karras_times(self, steps: int, start: float) -> np.ndarray:
+        if start == 1.0 and self.zero_terminal_snr:
+            raise ValueError('spacing "karras" has no start at zero terminal SNR; use "trailing"')
+        lowest = min(1.0 / TIMESTEPS, start)
+        top, bottom = (t if self.schedule == "flow" else self._ratio(t) for t in (start, lowest))
+        ramp = np.linspace(top ** (1 / RHO), bottom ** (1 / RHO), steps) ** RHO
+        times = ramp if self.schedule == "flow" else self.time_of(ramp)
+        return np.append(times, 0.0).astype(np.float32)
+
+    def _ratio(self, t: float) -> float:
+        """sigma/alpha of Stable Diffusion's schedule, in float64 on the host."""
+        alpha, sigma = (
+            np.interp(t * TIMESTEPS, np.arange(TIMESTEPS + 1), column)
+            for column in _sd_schedule(self.zero_terminal_snr).astype(np.float64)
+        )
+        return float(sigma / alpha)
+
+    def time_of(self, ratio: np.ndarray) -> np.ndarray:
+        """The process time at which sigma/alpha is `ratio`, float64 on the host, of any shape."""
+        ratio = np.asarray(ratio, np.float64)
+        if self.schedule == "flow":
+            return ratio / (1.0 + ratio)
+        alpha, sigma = _sd_schedule(self.zero_terminal_snr).astype(np.float64)
+        with np.errstate(divide="ignore"):
+            step = np.searchsorted(sigma / alpha, ratio, side="right") - 1
+        step = np.clip(step, 0, TIMESTEPS - 1)
+        # between two points sigma and alpha are straight lines, so their ratio says how far
+        ahead = ratio * alpha[step] - sigma[step]
+        slope = (sigma[step + 1] - sigma[step]) - ratio * (alpha[step + 1] - alpha[step])
+        return (step + np.clip(ahead / slope, 0.0, 1.0)) / TIMESTEPS
 
 
 @functools.cache

@@ -8,10 +8,12 @@ model evaluation; how many there are compiles, everything else may be traced.
     euler     ddim without noise: it is Euler's step in sigma/alpha, and in t on the flow schedule
     heun      euler's step, then the mean of both slopes               (arXiv 2206.00364, alg. 1)
     dpmpp2m   two steps' x0 extrapolated in log(alpha/sigma)           (arXiv 2211.01095, alg. 2)
+    unipc     dpmpp2m, a step corrected by the evaluation after it     (arXiv 2302.04867, UniPC-2)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ import numpy as np
 
 from composer_jax.diffusion.process import Process, is_number, one_of
 
-SOLVERS = ("ddim", "euler", "heun", "dpmpp2m")
+SOLVERS = ("ddim", "euler", "heun", "dpmpp2m", "unipc")
 TINY = 1e-30
 
 Evaluate = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -97,6 +99,7 @@ def run(evaluate, x, times, process, solver, noise=None, has_aux=False):
         "euler": partial(_ddim, noise=None),
         "heun": partial(_heun, straight=process.schedule == "flow"),
         "dpmpp2m": _dpmpp2m,
+        "unipc": _unipc,
     }[solver]
 
     def body(carry, step):
@@ -115,7 +118,9 @@ def run(evaluate, x, times, process, solver, noise=None, has_aux=False):
     )
     index = jnp.arange(len(number), dtype=jnp.int32)
     steps = Step(index, times[number + second], start, end, before, jnp.asarray(second == 1))
-    (x, _), aux = jax.lax.scan(body, (x, jnp.zeros_like(x)), steps)
+    zero = jnp.zeros_like(x)
+    memory = _History(zero, zero, zero, jnp.float32(0.0), False) if solver == "unipc" else zero
+    (x, _), aux = jax.lax.scan(body, (x, memory), steps)
     return (x, aux) if has_aux else x
 
 
@@ -164,22 +169,85 @@ def _heun(step, x, x0, eps, memory, *, straight):
 
 
 def _dpmpp2m(step, x, x0, eps, memory):
-    """`memory`: x0 of the step before.
+    """`memory`: x0 of the step before."""
+    del eps
+    return _extrapolated(step, x, x0, memory), x0
+
+
+def _extrapolated(step: Step, x, x0, x0_before) -> jax.Array:
+    """A step with x0 extrapolated from the step before, in log(alpha/sigma).
 
     First order (ddim's step) in the first step, in the one after alpha = 0, and to sigma = 0, where
     log(alpha/sigma) has no finite step.
     """
-    del eps
-    (alpha_before, _), (alpha_start, sigma_start), (alpha, sigma) = (
-        step.before,
-        step.start,
-        step.end,
-    )
     h, h_before = _log_step(step.start, step.end), _log_step(step.before, step.start)
-    second = (h_before > 0.0) & (alpha_before > 0.0) & (sigma > 0.0)
+    second = _has_before(step) & (step.end[1] > 0.0)
     gain = jnp.where(second, 0.5 * h / jnp.where(second, h_before, 1.0), 0.0)
-    ratio = sigma / jnp.maximum(sigma_start, TINY)
-    return ratio * x + (alpha - alpha_start * ratio) * (x0 + gain * (x0 - memory)), x0
+    ratio, share = _exponential(step.start, step.end)
+    return ratio * x + share * (x0 + gain * (x0 - x0_before))
+
+
+def _has_before(step: Step) -> jax.Array:
+    """Whether the step before was one, of finite length."""
+    return (_log_step(step.before, step.start) > 0.0) & (step.before[0] > 0.0)
+
+
+def _exponential(start, end) -> tuple[jax.Array, jax.Array]:
+    """What a step takes of x, and what of an x0 that does not change (arXiv 2211.01095, eq. 9)."""
+    ratio = end[1] / jnp.maximum(start[1], TINY)
+    return ratio, end[0] - start[0] * ratio
+
+
+class _History(NamedTuple):
+    """What unipc's corrector knows of the step before: where that step started (x, corrected), x0
+    there, x0 of the step before it, how far that one was in log(alpha/sigma), if it was one."""
+
+    x: jax.Array
+    x0: jax.Array
+    x0_before: jax.Array
+    h_before: jax.Array
+    second: jax.Array
+
+
+def _unipc(step, x, x0, eps, memory: _History):
+    """Corrects how x came to be, now that x0 is known here, then steps on as dpmpp2m does."""
+    del eps
+    x = jnp.where(step.index > 0, _corrected(step, x0, memory), x)
+    known = _History(
+        x, x0, memory.x0, _log_step(step.before, step.start), _has_before(step) & (step.end[1] > 0)
+    )
+    return _extrapolated(step, x, x0, memory.x0), known
+
+
+def _corrected(step, x0, memory: _History) -> jax.Array:
+    """UniC-p (arXiv 2302.04867, eq. 9 with B(h) = e^h - 1), p the order of the step before.
+
+    The weights of the differences solve eq. 10; for p = 1 theirs is 1/2.
+    """
+    h = _log_step(step.before, step.start)
+    second = memory.second
+    r = jnp.where(second, -memory.h_before / jnp.where(h > 0.0, h, 1.0), -1.0)
+    phi_1, phi_2, phi_3 = _phi(-jnp.minimum(h, 80.0))
+    b_1, b_2 = phi_2 / phi_1, 2.0 * phi_3 / phi_1
+    older = jnp.where(second, (b_2 - b_1) / (r - 1.0), 0.0)
+    newer = jnp.where(second, b_1 - older, 0.5)
+    change = older * (memory.x0_before - memory.x0) / r + newer * (x0 - memory.x0)
+    ratio, share = _exponential(step.before, step.start)
+    return ratio * memory.x + share * (memory.x0 + change)
+
+
+def _phi(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """phi_1 = (e^z - 1) / z, phi_k+1 = (phi_k - 1/k!) / z for z below 0, by series near 0."""
+    near = jnp.abs(z) < 1.0
+    small, far = jnp.where(near, z, 0.0), jnp.where(near, -1.0, z)
+    series = [sum(small**n / math.factorial(n + k) for n in range(9)) for k in (1, 2, 3)]
+    phi_1 = jnp.expm1(far) / far
+    phi_2 = (phi_1 - 1.0) / far
+    phi_3 = (phi_2 - 0.5) / far
+    return tuple(
+        jnp.where(near, one, other)
+        for one, other in zip(series, (phi_1, phi_2, phi_3), strict=True)
+    )
 
 
 def _log_step(start, end) -> jax.Array:
