@@ -183,7 +183,7 @@ def test_wrong_processes(values, says):
 @pytest.mark.parametrize(
     "arguments, says",
     [((0,), "steps is 0"), ((2.5,), "steps"), ((True,), "steps"), ((4, "trail"), "'trailing'"),
-     ((1001, "trailing"), "1000 at most")],
+     ((1001, "trailing"), "1000 at most"), ((4, "uniform", 0.0), "start is 0.0")],
 )  # fmt: skip
 def test_wrong_grids(arguments, says):
     with pytest.raises(ValueError, match=says):
@@ -195,3 +195,34 @@ def test_every_combination_is_made_or_refused():
         if (prediction, schedule) == ("eps", "flow"):
             continue
         assert Process(prediction, schedule).prediction == prediction
+
+
+@pytest.mark.parametrize("process", [Process("flow", "flow"), Process("eps", "sd")])
+def test_karras_is_even_in_the_seventh_root(process):
+    for start in (1.0, 0.6):
+        times = process.times(12, "karras", start)
+        assert times.shape == (13,) and times.dtype == np.float32 and times[-1] == 0.0
+        np.testing.assert_allclose(times[[0, -2]], [start, 0.001], rtol=1e-5)
+        alpha, sigma = (np.asarray(a, np.float64) for a in process.alpha_sigma(times[:-1]))
+        root = (sigma if process.schedule == "flow" else sigma / alpha) ** (1 / 7)
+        np.testing.assert_allclose(np.diff(root), np.diff(root)[0], rtol=2e-3)
+    zero = Process("v", "sd", zero_terminal_snr=True)
+    with pytest.raises(ValueError, match='"karras" has no start at zero terminal SNR'):
+        zero.times(4, "karras")
+    assert np.isfinite(zero.times(4, "karras", 0.9)).all()
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "trailing", "karras"])
+def test_a_grid_can_start_midway(spacing):
+    times = Process("eps", "sd").times(8, spacing, 0.5)
+    assert times[0] == 0.5 and times[-1] == 0.0 and (np.diff(times) < 0).all()
+
+
+@pytest.mark.parametrize(
+    "process",
+    [Process("flow", "flow"), Process("eps", "sd"), Process("v", "sd", zero_terminal_snr=True)],
+)
+def test_the_time_of_a_ratio(process):
+    t = np.linspace(0.0, 0.998, 501)
+    alpha, sigma = (np.asarray(a, np.float64) for a in process.alpha_sigma(t))
+    np.testing.assert_allclose(process.time_of(sigma / alpha), t, atol=2e-6)
