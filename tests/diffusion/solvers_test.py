@@ -234,17 +234,17 @@ def test_an_examples_noise_is_its_own():
 @pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp2m", "unipc"])
 @pytest.mark.parametrize("process", [FLOW, SD])
 def test_order_of_convergence(process, solver):
-    start, end = (1.0, 0.2) if process.schedule == "flow" else (0.9, 0.2)
+    """Over a factor of 4 or 8 in steps; unipc's error on SD's schedule changes sign in between."""
+    start, end, few = (1.0, 0.2, 16) if process.schedule == "flow" else (0.9, 0.2, 8)
     x = np.linspace(-2, 2, 9, dtype=np.float32)
     errors = []
-    for steps in (16, 32):
+    for steps in (few, 64):
         times = np.linspace(start, end, steps + 1, dtype=np.float32)
         error = np.asarray(solve(x, times, process, solver)) - exact(process, x, start, end)
         errors.append(np.abs(error).max())
     order = {"ddim": 1, "unipc": 3}.get(solver, 2)
-    rates = np.log2(np.array(errors[:-1]) / errors[1:])
-    assert errors[-1] < {1: 3e-2, 2: 2e-3, 3: 4e-4}[order]
-    assert (rates > order - 0.4).all(), rates
+    assert errors[1] < {1: 1.5e-2, 2: 5e-4, 3: 1e-4}[order]
+    assert np.log(errors[0] / errors[1]) / np.log(64 / few) > order - 0.3, errors
 
 
 @pytest.mark.parametrize("process", ALL)
