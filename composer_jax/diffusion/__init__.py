@@ -2,15 +2,11 @@
 
 from composer_jax.diffusion.guidance import (
     Plan,
-    Use,
-    as_uses,
     bank,
     build_plan,
     mix,
     rescale,
     trimmed,
-    two_sets,
-    use,
 )
 from composer_jax.diffusion.inversion import inversion_times, invert
 from composer_jax.diffusion.process import Process
@@ -20,6 +16,7 @@ from composer_jax.diffusion.solvers import (
     sample,
     solver_evaluations,
 )
+from composer_jax.diffusion.uses import Use, as_uses, two_sets, use
 
 __all__ = [
     "SOLVERS",

@@ -26,7 +26,7 @@ that acts somewhere is a row, and c is the sum of these rows, weighted by pixel 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,52 +35,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from composer_jax.diffusion.process import is_number, one_of
+from composer_jax.diffusion.uses import Use, as_uses, span
 
 BUCKETS = (1, 2, 4, 8, 16)
 SIGNS = (False, True)  # is a use negative: the order of what is given and what repels
-
-
-@dataclass(frozen=True, eq=False)
-class Use:
-    """A value of a condition and how it is used; see `use`."""
-
-    value: Any
-    strength: float = 1.0
-    window: tuple[float, float] = (0.0, 1.0)
-    scale: float | None = None
-    region: Any = None
-    negative: bool = False
-
-    def __post_init__(self):
-        if not (is_number(self.strength) and 0 <= self.strength <= 1):
-            raise ValueError(f"strength is {self.strength!r}; a number from 0 to 1 is wanted")
-        object.__setattr__(self, "window", _span("window", self.window))
-        if self.scale is not None and not (is_number(self.scale) and self.scale >= 0):
-            raise ValueError(f"scale is {self.scale!r}; a number from 0 is wanted, or none")
-        if not isinstance(self.negative, (bool, np.bool_)):
-            raise ValueError(f"negative is {self.negative!r}; true or false is wanted")
-        if self.negative and self.scale is not None:
-            raise ValueError("a negative use takes no scale; guidance says how strongly it repels")
-        if self.region is not None:
-            object.__setattr__(self, "region", _region(self.region))
-
-
-def use(
-    value: Any,
-    strength: float = 1.0,
-    window: tuple[float, float] = (0.0, 1.0),
-    scale: float | None = None,
-    region: Any = None,
-    negative: bool = False,
-) -> Use:
-    """Says how a condition's value is used.
-
-    `strength` in [0, 1]: how much of what it adds. `window`: (start, end) in [0, 1], the share of
-    sampling in which it acts: (0, 0.6) is the first 60 % of process time. `scale`: guidance of this
-    condition alone, from 0. `region`: [h, w] in [0, 1] (any size), where it acts. `negative`: what
-    the picture is to move away from. Raises ValueError for a value out of range.
-    """
-    return Use(value, strength, window, scale, region, negative)
 
 
 @jax.tree_util.register_dataclass
@@ -133,33 +91,6 @@ def bucket(count: int, what: str = "rows") -> int:
     )
 
 
-def as_uses(value: Any) -> tuple[Use, ...]:
-    """A condition's uses: of a Use, of a list that holds one, or of a bare value."""
-    if isinstance(value, Use):
-        return (value,)
-    if isinstance(value, (list, tuple)) and any(isinstance(item, Use) for item in value):
-        return tuple(item if isinstance(item, Use) else Use(item) for item in value)
-    return (Use(value),)
-
-
-def two_sets(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Use, ...]]:
-    """Composer's guidance from c1 to c2: w * eps(c2) + (1 - w) * eps(c1) (arXiv 2302.09778, 2.2).
-
-    What is in both is weighted 1, only in `second` w, only in `first` 1 - w. Returns uses for
-    `build_plan`: the second set's, then the first's as negative ones. Raises ValueError for a
-    negative use in either and for a scale in `first`.
-    """
-    merged = {name: as_uses(value) for name, value in second.items()}
-    others = {name: as_uses(value) for name, value in first.items()}
-    for name, uses in (*merged.items(), *others.items()):
-        if any(one.negative for one in uses):
-            raise ValueError(f"{name}: with two sets a use cannot be negative")
-    for name, uses in others.items():
-        repelled = tuple(replace(one, negative=True) for one in uses)
-        merged[name] = merged.get(name, ()) + repelled
-    return merged
-
-
 def build_plan(
     uses: Mapping[str, Any],
     names: Sequence[str],
@@ -195,7 +126,7 @@ def build_plan(
         if not is_number(value):
             raise ValueError(f"{what} is {value!r}; a number is wanted")
     progress = np.round(1.0 - np.asarray(times, np.float64), 6)
-    inside = _active(_span("interval", interval), progress)
+    inside = _active(span("interval", interval), progress)
 
     def limited(value):
         return np.where(inside, value, min(value, 1.0))[:, None, None]
@@ -379,32 +310,6 @@ def _active(span: tuple[float, float], progress: np.ndarray) -> np.ndarray:
     """Where start <= progress < end; an end of 1 includes the end itself."""
     start, end = span
     return (progress >= start) & ((progress < end) | (end == 1.0))
-
-
-def _span(what: str, value) -> tuple[float, float]:
-    numbers = tuple(value) if isinstance(value, (list, tuple, np.ndarray)) else ()
-    if len(numbers) != 2 or not all(is_number(number) for number in numbers):
-        raise ValueError(f"{what} is {value!r}; (start, end) is wanted")
-    start, end = float(numbers[0]), float(numbers[1])
-    if not 0.0 <= start < end <= 1.0:
-        raise ValueError(f"{what} is ({start:g}, {end:g}); 0 <= start < end <= 1 is wanted")
-    return start, end
-
-
-def _region(value) -> np.ndarray:
-    """As float32 [h, w]; raises ValueError for another shape or range, or an empty region."""
-    try:
-        region = np.asarray(value, np.float32)
-    except (TypeError, ValueError):
-        raise ValueError(f"region is a {type(value).__name__}; an array is wanted") from None
-    if region.ndim != 2 or not region.size:
-        raise ValueError(f"region has shape {region.shape}; [h, w] is wanted")
-    low, high = float(region.min()), float(region.max())
-    if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(f"region has values from {low:g} to {high:g}; 0 to 1 is wanted")
-    if high == 0.0:
-        raise ValueError("region is empty: 0 everywhere")
-    return region
 
 
 def _resized(region: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
