@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a composer, or its codec, CLIP or depth regressor",
     "convert": "bring Stable Diffusion, CLIP and depth weights in, take networks to diffusers",
     "sample": "make images from any subset of conditions",
+    "edit": "vary, blend, recolour, restyle, translate and repaint images",
     "compile": "trace the sampler once, for starts without tracing",
 }
 

@@ -1,0 +1,111 @@
+"""`composer edit TASK IMAGE... --out DIR`: Composer's tasks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from composer_jax import conditions
+from composer_jax.commands.decompose import add_tool_arguments, named_tools
+from composer_jax.commands.pictures import grid, save_png
+from composer_jax.commands.sample import add_sampling_arguments, read_region, sampling_options
+from composer_jax.data.tools import load_tools
+from composer_jax.sampling.edits import TASKS, Picture, Task
+from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.storage.series import Series, describe_model
+
+
+def _names(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(conditions.get(name).name for name in text.split(",") if name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+# What tasks take beside images and factors: how it is read, and what it is.
+OPTIONS: dict[str, tuple[Any, str, str]] = {
+    "hold": (_names, "NAMES", "factors shared with the (first) image, instead of the task's own"),
+    "hold_second": (_names, "NAMES", "factors shared with the second image"),
+    "vary": (_names, "NAMES", "factors not shared with it (interpolation: those that move)"),
+    "strength": (float, "0..1", "how far it goes"),
+    "region": (Path, "PNG", "white where the picture may change; elsewhere pixels stay"),
+    "border": (float, "PIXELS", "over which the change fades in from the region's edge"),
+    "garment_region": (Path, "PNG", "white where the garment is in its image"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A parser for each task, made from what `TASKS` says it takes."""
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    for name, task in TASKS.items():
+        sub = tasks.add_parser(name, help=task.doc, description=task.doc, allow_abbrev=False)
+        sub.set_defaults(parser=sub)
+        for image in task.images:
+            sub.add_argument(f"image.{image}", metavar=image.upper(), help="an image file")
+        sub.add_argument("--out", required=True, type=Path, help="folder to write")
+        sub.add_argument("--count", type=int, default=task.count, help="(default %(default)s)")
+        for option in task.options:
+            read, metavar, text = OPTIONS[option]
+            flag, needed = f"--{option.replace('_', '-')}", option in task.needs
+            sub.add_argument(
+                flag, dest=option, type=read, metavar=metavar, help=text, required=needed
+            )
+        add_sampling_arguments(sub)
+        add_tool_arguments(sub)
+        given = sub.add_argument_group("factors", "what the result is to have")
+        known = sub.add_argument_group("known", "what is known of the (first) image")
+        for condition in map(conditions.get, conditions.names()):
+            needed = condition.name in task.needs
+            flag = f"--{condition.name}"
+            given.add_argument(flag, metavar="VALUE", help=condition.doc, required=needed)
+            known.add_argument(f"--own.{condition.name}", metavar="VALUE")
+
+
+def take_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Refuses unknown arguments by the task's own parser, which knows what was meant."""
+    if rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return rest
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes OUT/0000.png ... and OUT/grid.png, which begins with the images that went in."""
+    task, values = TASKS[args.task], vars(args)
+    images = [conditions.load_image(values[f"image.{name}"]) for name in task.images]
+    given, known = (
+        {name: values[own + name] for name in conditions.names() if values[own + name] is not None}
+        for own in ("", "own.")
+    )
+    if "given" in task.needs and not given:
+        raise ValueError(f"{args.task} needs what to change, as --palette or --caption")
+    settings = _settings(args, task)
+    if (args.out / "0000.png").exists():
+        raise ValueError(f"{args.out} holds images already; give another --out")
+    pipe = Pipeline.load(args.model, guide=args.guide, size=args.size)
+    tools = load_tools(**named_tools(args))
+    pictures = [Picture(pipe, image, tools=tools) for image in images]
+    pictures[0] = Picture(pipe, images[0], known, tools)
+    uses = pipe.uses(given)
+    needed = {name: uses.pop(name) for name in task.needs if name in uses}
+    made = task.function(pipe, *pictures, given=uses, **needed, **settings)
+    said = {k: str(v) for k, v in values.items() if v is not None and k not in ("parser", "out")}
+    series = Series(args.out, said | {"model": describe_model(pipe.model)})
+    for i, image in enumerate(made):
+        series.add(i, image)
+    shown = np.concatenate([np.stack([picture.pixels for picture in pictures]), made])
+    save_png(args.out / "grid.png", grid(shown, min(len(shown), 8)))
+    print(f"{args.task}: {len(made)} images in {args.out}, see grid.png")
+
+
+def _settings(args: argparse.Namespace, task: Task) -> dict[str, Any]:
+    """The options of the task and of sampling that were given, checked."""
+    if args.count < 1:
+        raise ValueError(f"--count is {args.count}; it must be at least 1")
+    settings = {"count": args.count, "seed": args.seed, **sampling_options(args)}
+    for name in task.options:
+        value = getattr(args, name)
+        settings[name] = read_region(value) if isinstance(value, Path) else value
+    return {name: value for name, value in settings.items() if value is not None}

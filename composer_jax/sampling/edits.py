@@ -1,0 +1,390 @@
+"""Composer's tasks: an image taken apart, some of its factors changed, put together again.
+
+Each function is its definition in arXiv 2302.09778, sections 3.2 and 3.3, on top of three moves:
+
+    sample        under any set c of factors
+    reconfigure   x_T by DDIM inversion under the image's c1; from it, sampling under c2, guided by
+                  w * eps(c2) + (1 - w) * eps(c1)
+    within        a region, with either: the model sees the masked image, what x0 is predicted to be
+                  is the image's outside, and so, at last, are the pixels
+
+All take a pipeline, images (uint8 [H, W, 3], paths or `Picture`s) and, by keyword,
+
+    given     condition -> value (as `Pipeline` takes it): factors the result is to have, whatever
+              the image has
+    hold      the factors that the result shares with the (first) image, each of which must be
+              there; else the task's own choice, as far as the model has them and the image gives
+    vary      factors that are left out of that choice
+    region    float [H, W] in [0, 1], 1 where the picture may change; elsewhere pixels stay
+    border    pixels over which the change fades in, from the region's edge inwards
+
+with `count`, `seed` and the options of the pipeline. They return uint8 [count, size, size, 3], at
+the model's size, and raise ValueError, one line, for what cannot be done. What is reconfigured
+depends on the seed only where `eta` is above 0.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from composer_jax import conditions
+from composer_jax.conditions import Value
+from composer_jax.conditions.base import slerp
+from composer_jax.conditions.decompose import decompose
+from composer_jax.conditions.image import fit_map
+from composer_jax.diffusion import Use, two_sets, use
+from composer_jax.diffusion.inversion import SOLVER
+from composer_jax.sampling.pipeline import Pipeline
+
+log = logging.getLogger("composer_jax")
+
+CONTENT = ("sketch", "depth", "instances")  # where things are, and their shapes
+STYLE = ("palette", "semantics")  # how they look
+GLOBAL = ("caption", *STYLE)  # what has no place in the picture
+GROUND = 128  # grey level around what stands alone
+GUIDANCE = 1.5  # of reconfigurations: more changes more, also what should stay
+
+
+class Picture:
+    """An image at the model's size, and its factors, each taken when first asked for.
+
+    `known`: condition -> value that is known of the image, in place of what would be taken from it.
+    `tools`: as `decompose` takes them; the model's CLIP is there.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        image: Any,
+        known: Mapping[str, Any] | None = None,
+        tools: Mapping[str, Any] | None = None,
+    ):
+        self._pipe, self._tools = pipe, {"clip": pipe.clip} | dict(tools or {})
+        self._image = conditions.load_image(image)
+        self._factors = {name: pipe.stored(name, value) for name, value in (known or {}).items()}
+        self.pixels: np.ndarray = pipe.fit_image(self._image)  # uint8 [size, size, 3]
+
+    def factor(self, name: str) -> Any:
+        """One condition, stored; raises ValueError where the model or the image has none."""
+        if name not in self._pipe.names:
+            self._pipe.uses({name: None})  # says so
+        if name not in self._factors:
+            stored = decompose(self._image, only=(name,), tools=self._tools)[name]
+            self._factors[name] = self._pipe.stored(name, stored)
+        return self._factors[name]
+
+    def factors(self, names: Sequence[str]) -> dict[str, Any]:
+        """Those of some conditions that the model and the image have; the log says why others
+        are missing."""
+        found = {}
+        for name in names:
+            try:
+                found[name] = self.factor(name)
+            except ValueError as error:
+                log.info("without %s: %s", name, error)
+        return found
+
+    def held(self, choice: Sequence[str], given, hold=None, vary=()) -> dict[str, Any]:
+        """What a task takes from this picture: `hold`, or what there is of its own `choice`."""
+        for name in vary:
+            conditions.get(name)
+        names = [n for n in (choice if hold is None else hold) if n not in vary and n not in given]
+        if hold is not None:
+            return {name: self.factor(name) for name in names}
+        found = self.factors(names)
+        if choice and not found and not given:
+            raise ValueError(
+                f"none of {', '.join(choice)} is left to hold; give one, or hold others"
+            )
+        return found
+
+    def region(self, region: Any) -> np.ndarray:
+        """A region float [H, W] of the image as float32 [size, size] in [0, 1]."""
+        return fit_map(self._region(region), self.pixels.shape[:2], "area")
+
+    def alone(self, region: Any) -> Picture:
+        """What is in a region float [H, W] of the image, on a grey ground."""
+        inside = fit_map(self._region(region), self._image.shape[:2], "nearest")[..., None]
+        ground = np.uint8(GROUND)
+        return Picture(self._pipe, np.where(inside > 0.5, self._image, ground), tools=self._tools)
+
+    def _region(self, region: Any) -> np.ndarray:
+        region = use(None, region=region).region  # checked
+        (height, width), (rows, columns) = self._image.shape[:2], region.shape
+        if abs(rows * width - columns * height) > max(height, width):
+            raise ValueError(
+                f"region has shape {list(region.shape)}, the image {[height, width]}; "
+                "the same shape is wanted, at any size"
+            )
+        return region
+
+
+def variation(pipe, image, *, given=None, hold=None, vary=(), **options) -> np.ndarray:
+    """New images that share an image's global factors, or others by `hold` (3.2, Variations)."""
+    picture, given = _picture(pipe, image), pipe.uses(given or {})
+    return _sample(pipe, picture, picture.held(GLOBAL, given, hold, vary) | given, **options)
+
+
+def interpolation(
+    pipe,
+    first,
+    second,
+    *,
+    given=None,
+    hold=(),
+    hold_second=(),
+    vary=GLOBAL,
+    count=7,
+    seed=0,
+    **options,
+) -> np.ndarray:
+    """`count` images on the way from one to another (3.2, Interpolations).
+
+    The factors `vary` move, embeddings on the sphere, histograms straight, and so does x_T, on the
+    sphere between the two that inversion gives under each image's own factors. `hold` and
+    `hold_second` name factors of the first and of the second image that stay. Where none stays,
+    the way begins and ends at the images themselves.
+    """
+    if count < 2:
+        raise ValueError(f"count is {count}; a way has at least 2 images, its ends")
+    a, b = _picture(pipe, first), _picture(pipe, second)
+    stay = {n: a.factor(n) for n in hold} | {n: b.factor(n) for n in hold_second}
+    stay = pipe.uses(stay | (given or {}))
+    options = {"guidance": 1.0, "solver": SOLVER} | options
+    own = [picture.factors([*vary, *stay]) for picture in (a, b)]
+    ends = [_inverted(pipe, picture, c, options) for picture, c in zip((a, b), own, strict=True)]
+    move = [n for n in vary if n not in stay and all(n in c for c in own)]
+    amounts = np.linspace(0.0, 1.0, count)
+    stored = [
+        {n: [u.value for u in uses] for n, uses in stay.items()}
+        | {n: [_blend(n, *(c[n] for c in own), amount)] for n in move}
+        for amount in amounts
+    ]
+    noise = np.concatenate([_between(*ends, amount) for amount in amounts])
+    uses = stay | {n: [Use(None)] for n in move}
+    return pipe.sample(
+        uses, stored, seeds=[(seed, i) for i in range(count)], noise=noise, **options
+    )
+
+
+def reconfiguration(pipe, image, given, *, hold=None, vary=(), **options) -> np.ndarray:
+    """The image, but for the factors given: x_T under its c1, then c2 (3.2, Reconfigurations)."""
+    picture, given = _picture(pipe, image), pipe.uses(given)
+    held = picture.held(CONTENT, given, hold, vary)
+    return _reconfigure(pipe, picture, held | picture.factors(given), held | given, **options)
+
+
+def region_edit(pipe, image, region, given, **options) -> np.ndarray:
+    """A reconfiguration within a region, the picture around it known (3.2, Editable region)."""
+    return reconfiguration(pipe, image, given, region=region, **options)
+
+
+def colourisation(pipe, image, palette, *, given=None, hold=None, vary=(), **options) -> np.ndarray:
+    """The image, grey or in colour, in a palette's colours (3.3, Palette-based colorization).
+
+    A reconfiguration: of the paper's two ways the one that it prefers.
+    """
+    given = {**(given or {}), "palette": palette}
+    return reconfiguration(pipe, image, given, hold=hold, vary=vary, **options)
+
+
+def style_transfer(
+    pipe, content, style, *, strength=1.0, given=None, hold=None, vary=(), **options
+) -> np.ndarray:
+    """Content of one image in the style of another; `strength` leads from the style of the first
+    (0) to that of the second (1) (3.3, Style transfer)."""
+    picture, given = _picture(pipe, content), pipe.uses(given or {})
+    held = picture.held(CONTENT, given, hold, vary)
+    own, other = (p.factors(STYLE) for p in (picture, _picture(pipe, style)))
+    strength = use(None, strength).strength  # checked
+    styled = {n: _blend(n, own[n], other[n], strength) for n in own if n in other}
+    return _sample(pipe, picture, styled | held | given, **options)
+
+
+def translation(pipe, image, caption, *, given=None, hold=None, vary=(), **options) -> np.ndarray:
+    """The content of an image in the domain that a caption names (3.3, Image translation)."""
+    return reconfiguration(
+        pipe, image, {**(given or {}), "caption": caption}, hold=hold, vary=vary, **options
+    )
+
+
+def pose_transfer(
+    pipe, image, instances, *, given=None, hold=None, vary=(), **options
+) -> np.ndarray:
+    """What an image shows, by its semantics, where new instances say (3.3, Pose transfer)."""
+    options = {"guidance": 1.0} | options  # more distorts what moves
+    picture = _picture(pipe, image)
+    given = pipe.uses({**(given or {}), "instances": instances})
+    held = picture.held(("semantics", "palette"), given, hold, vary)
+    return _reconfigure(pipe, picture, held | picture.factors(given), held | given, **options)
+
+
+def try_on(
+    pipe, body, garment, region, *, garment_region=None, given=None, hold=None, vary=(), **options
+) -> np.ndarray:
+    """A garment, by its semantics, worn in the region of another image (3.3, Virtual try-on).
+
+    `garment_region` float [H, W]: where the garment is in its own image. By default the body's
+    depth and instances are held: the garment takes its shape.
+    """
+    picture, worn = _picture(pipe, body), _picture(pipe, garment)
+    worn = worn if garment_region is None else worn.alone(garment_region)
+    given = pipe.uses({"semantics": worn.factor("semantics"), **(given or {})})
+    held = picture.held(("depth", "instances"), given, hold, vary)
+    return _sample(pipe, picture, held | given, region=region, **options)
+
+
+def image_to_image(
+    pipe, image, *, strength=0.6, given=None, hold=(), vary=(), **options
+) -> np.ndarray:
+    """Sampling from the image, diffused to process time `strength` (arXiv 2108.01073)."""
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"strength is {strength}; a number above 0, at most 1, is wanted")
+    picture, given = _picture(pipe, image), pipe.uses(given or {})
+    held = picture.held((), given, hold, vary)
+    return _sample(pipe, picture, held | given, image=picture.pixels, start=strength, **options)
+
+
+def inpainting(pipe, image, region, *, given=None, hold=(), vary=(), **options) -> np.ndarray:
+    """A region filled by what is around it and, if anything is, given."""
+    picture, given = _picture(pipe, image), pipe.uses(given or {})
+    held = picture.held((), given, hold, vary)
+    return _sample(pipe, picture, held | given, region=region, **options)
+
+
+def composite(image, made, region, border: float = 0.0) -> np.ndarray:
+    """`made` uint8 [B, H, W, 3] within a region float32 [H, W], else `image` uint8 [H, W, 3].
+
+    `border`: pixels over which `made` fades in, from the region's edge inwards.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    inside = region > 0.0
+    deep = np.full(region.shape, np.inf) if inside.all() else distance_transform_edt(inside)
+    share = (region * np.minimum(deep / (border + 1.0), 1.0))[..., None]
+    return np.rint(image + share * (made.astype(np.float32) - image)).astype(np.uint8)
+
+
+def _picture(pipe: Pipeline, image: Any) -> Picture:
+    return image if isinstance(image, Picture) else Picture(pipe, image)
+
+
+def _sample(pipe, picture, given, *, region=None, border=0.0, **options) -> np.ndarray:
+    """Samples under `given`; within a region, if there is one."""
+    if region is None:
+        return pipe(given, **options)
+    if not 0.0 <= border < float("inf"):
+        raise ValueError(f"border is {border}; pixels from 0 are wanted")
+    region = picture.region(region)
+    options = {"image": picture.pixels} | options
+    made = pipe(_masked(pipe, picture, region) | given, keep=1.0 - region, **options)
+    return composite(picture.pixels, made, region, border)
+
+
+def _reconfigure(pipe, picture, first, second, *, count=1, eta=0.0, **options) -> np.ndarray:
+    """From the x_T that c1, `first`, makes the picture of, samples under c2, `second`."""
+    if count > 1 and not eta:
+        raise ValueError(f"count is {count}, but all would be the same; give eta above 0, too")
+    options = {"guidance": GUIDANCE, "solver": SOLVER} | options
+    if options.get("region") is not None:
+        known = _masked(pipe, picture, picture.region(options["region"]))
+        first, second = known | first, known | second
+    noise = np.repeat(_inverted(pipe, picture, first, options), count, axis=0)
+    c = two_sets(first, second)
+    return _sample(pipe, picture, c, noise=noise, count=count, eta=eta, **options)
+
+
+def _inverted(pipe, picture, given, options) -> np.ndarray:
+    """x_T float32 [1, h, w, c] that a picture is made of under its factors."""
+    way = {name: options[name] for name in ("solver", "steps", "spacing") if name in options}
+    return pipe.invert(picture.pixels, given, batch=1, **way)
+
+
+def _blend(name: str, a: Any, b: Any, amount: float) -> Value:
+    """A condition between two stored values."""
+    condition = conditions.get(name)
+    values = [one if isinstance(one, Value) else condition.value(one) for one in (a, b)]
+    return condition.blend(*values, amount)
+
+
+def _between(a: np.ndarray, b: np.ndarray, amount: float) -> np.ndarray:
+    """Noise between two, on the sphere."""
+    return np.asarray(slerp(a.ravel(), b.ravel(), amount)).reshape(a.shape)
+
+
+def _masked(pipe, picture, region: np.ndarray) -> dict[str, Any]:
+    """What a model that knows masks is told of the picture around a region."""
+    if "mask" not in pipe.names:
+        return {}
+    return {"mask": {"image": picture.pixels, "keep": np.uint8(255) * (region == 0.0)}}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task takes by hand.
+
+    `doc`: what it does, for a person. `images`: what its images are, in order. `needs`: which of
+    its options and of the conditions must be given ("given": any condition). `options`: those it
+    takes beside `given`, `seed` and the pipeline's. `count`: of images, where nobody says.
+    """
+
+    function: Callable[..., np.ndarray]
+    doc: str
+    images: tuple[str, ...] = ("image",)
+    needs: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("hold", "vary", "region", "border")
+    count: int = 4
+
+
+TASKS = {
+    "variation": Task(variation, "new images that share some factors of one, by default its look"),
+    "interpolation": Task(
+        interpolation,
+        "images on the way from one to another",
+        images=("first", "second"),
+        options=("hold", "hold_second", "vary"),
+        count=7,
+    ),
+    "reconfiguration": Task(
+        reconfiguration, "an image with some factors changed", needs=("given",), count=1
+    ),
+    "region-edit": Task(
+        region_edit,
+        "an image with some factors changed, in a region alone",
+        needs=("region", "given"),
+        count=1,
+    ),
+    "colourisation": Task(
+        colourisation, "the same image in other colours", needs=("palette",), count=1
+    ),
+    "style-transfer": Task(
+        style_transfer,
+        "the content of one image in the style of another",
+        images=("content", "style"),
+        options=("strength", *Task.options),
+    ),
+    "translation": Task(
+        translation, "the content of an image in what a caption says", needs=("caption",), count=1
+    ),
+    "pose-transfer": Task(
+        pose_transfer, "what an image shows, where new instances are", needs=("instances",), count=1
+    ),
+    "try-on": Task(
+        try_on,
+        "what one image shows, worn in a region of another",
+        images=("body", "garment"),
+        needs=("region",),
+        options=("garment_region", *Task.options),
+    ),
+    "image-to-image": Task(
+        image_to_image,
+        "new images near one, by strength",
+        options=("strength", *Task.options),
+    ),
+    "inpainting": Task(inpainting, "a region filled anew", needs=("region",)),
+}
