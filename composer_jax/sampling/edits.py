@@ -176,7 +176,7 @@ def reconfiguration(pipe, image, given, *, hold=None, vary=(), **options) -> np.
     """The image, but for the factors given: x_T under its c1, then c2 (3.2, Reconfigurations)."""
     picture, given = _picture(pipe, image), pipe.uses(given)
     held = picture.held(CONTENT, given, hold, vary)
-    return _reconfigure(pipe, picture, held | picture.factors(given), held | given, **options)
+    return _reconfigure(pipe, picture, held, given, **options)
 
 
 def region_edit(pipe, image, region, given, **options) -> np.ndarray:
@@ -185,12 +185,15 @@ def region_edit(pipe, image, region, given, **options) -> np.ndarray:
 
 
 def colourisation(pipe, image, palette, *, given=None, hold=None, vary=(), **options) -> np.ndarray:
-    """The image, grey or in colour, in a palette's colours (3.3, Palette-based colorization).
+    """Grey levels of an image, colours of a palette (3.3, Palette-based colorization).
 
-    A reconfiguration: of the paper's two ways the one that it prefers.
+    A reconfiguration, of the paper's two ways the one that it prefers. With "intensity" in `vary`
+    a palette may change the grey levels, too.
     """
-    given = {**(given or {}), "palette": palette}
-    return reconfiguration(pipe, image, given, hold=hold, vary=vary, **options)
+    options = {"guidance": 1.0} | options  # more overshoots the palette
+    picture, given = _picture(pipe, image), pipe.uses({**(given or {}), "palette": palette})
+    held = picture.held(("intensity", *CONTENT), given, hold, vary)
+    return _reconfigure(pipe, picture, held, given, **options)
 
 
 def style_transfer(
@@ -221,7 +224,7 @@ def pose_transfer(
     picture = _picture(pipe, image)
     given = pipe.uses({**(given or {}), "instances": instances})
     held = picture.held(("semantics", "palette"), given, hold, vary)
-    return _reconfigure(pipe, picture, held | picture.factors(given), held | given, **options)
+    return _reconfigure(pipe, picture, held, given, **options)
 
 
 def try_on(
@@ -286,17 +289,17 @@ def _sample(pipe, picture, given, *, region=None, border=0.0, **options) -> np.n
     return composite(picture.pixels, made, region, border)
 
 
-def _reconfigure(pipe, picture, first, second, *, count=1, eta=0.0, **options) -> np.ndarray:
-    """From the x_T that c1, `first`, makes the picture of, samples under c2, `second`."""
+def _reconfigure(pipe, picture, held, given, *, count=1, eta=0.0, **options) -> np.ndarray:
+    """From the x_T of the picture under its c1, samples under c2, in which `given` differs."""
     if count > 1 and not eta:
         raise ValueError(f"count is {count}, but all would be the same; give eta above 0, too")
     options = {"guidance": GUIDANCE, "solver": SOLVER} | options
     if options.get("region") is not None:
-        known = _masked(pipe, picture, picture.region(options["region"]))
-        first, second = known | first, known | second
-    noise = np.repeat(_inverted(pipe, picture, first, options), count, axis=0)
-    c = two_sets(first, second)
-    return _sample(pipe, picture, c, noise=noise, count=count, eta=eta, **options)
+        held = held | _masked(pipe, picture, picture.region(options["region"]))
+    c1, c2 = held | picture.factors(given), held | given
+    noise = np.repeat(_inverted(pipe, picture, c1, options), count, axis=0)
+    options |= {"noise": noise, "count": count, "eta": eta}
+    return _sample(pipe, picture, two_sets(c1, c2), **options)
 
 
 def _inverted(pipe, picture, given, options) -> np.ndarray:
