@@ -240,7 +240,7 @@ def attend(
         if bias is not None:
             every = every + bias
         if causal:
-            every = every + jnp.where(jnp.tri(n, length, dtype=bool), 0.0, MASKED)
+            every = every + jnp.where(jnp.tri(n, length, dtype=bool), 0.0, MASKED)[None, None]
         return _attend_on_cpu(q, k, v, every)
 
     inputs = (q, k, v) if bias is None else (q, k, v, bias)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from composer_jax.diffusion.process import is_number, one_of
 from composer_jax.diffusion.solvers import SOLVERS
 
@@ -42,8 +44,9 @@ class Options:
             raise ValueError(f"eta is for the solver ddim; {self.solver} takes none")
         if not (is_number(self.start) and 0 < self.start <= 1):
             raise ValueError(f"start is {self.start!r}; a number above 0, at most 1, is wanted")
-        if self.batch is not None and (not isinstance(self.batch, int) or self.batch < 1):
-            raise ValueError(f"batch is {self.batch!r}; a whole number from 1 is wanted")
+        for name, value in (("steps", self.steps), ("batch", self.batch)):
+            if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+                raise ValueError(f"{name} is {value!r}; a whole number from 1 is wanted")
 
     def but(self, **changes: Any) -> Options:
         """The same with what is not None of `changes`; raises ValueError for an unknown name."""

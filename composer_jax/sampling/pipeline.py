@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ from composer_jax.storage.models import Model, load_model
 
 OUTPUTS = ("images", "latents")
 EXTRAS = ("image", "noise", "keep", "preview", "every", "output")
+
+
+class _Ready(Use):
+    """A use whose value is stored, at the model's size."""
 
 
 class Pipeline:
@@ -234,7 +238,12 @@ class Pipeline:
         if name not in self.names:
             conditions.get(name)  # a name that nobody knows gets the better message
             raise ValueError(f"this model has no {name}; it has {', '.join(self.names)}")
-        return [replace(one, value=self.stored(name, one.value)) for one in as_uses(value)]
+        return [
+            one
+            if isinstance(one, _Ready)
+            else _Ready(**{**vars(one), "value": self.stored(name, one.value)})
+            for one in as_uses(value)
+        ]
 
     def stored(self, name: str, value: Any) -> Any:
         """What a person hands in, or stored already, as stored at this model's size."""

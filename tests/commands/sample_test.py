@@ -1,0 +1,64 @@
+"""`composer sample` as its user meets it: reports, previews, going on, and refusals."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from composer_jax.cli import main
+
+
+@pytest.fixture(scope="module")
+def words(run):
+    return ["sample", "--model", str(run), "--steps", "2", "--palette", "#d62828,#003049"]
+
+
+def test_a_call_goes_on_and_reports(words, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*words, "--out", str(out), "--count", "1"]) == 0
+    first = (out / "0000.png").read_bytes()
+    (out / "0000.png").touch()
+    written = (out / "0000.png").stat().st_mtime_ns
+    more = [*words, "--out", str(out), "--count", "3", "--report", "--previews", "1"]
+    assert main(more) == 0
+    assert (out / "0000.png").stat().st_mtime_ns == written  # not made again
+    assert (out / "0000.png").read_bytes() == first
+    assert Image.open(out / "0002.png").size == (64, 64)
+    assert {path.name for path in (out / "previews").iterdir()} == {"0000.png", "0001.png"}
+    said = capsys.readouterr().out
+    assert "palette    mean" in said and "report.html" in said
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png") == 3 and "palette" in page
+    assert main([*words, "--out", str(out), "--guidance", "5"]) == 2
+    assert "another guidance; give another --out" in capsys.readouterr().err
+    assert np.asarray(Image.open(out / "grid.png")).shape == (66, 3 * 66, 3)
+
+
+def test_a_report_of_two_conditions_compares_their_directions(words, tmp_path, capsys):
+    sketch = tmp_path / "sketch.png"
+    lines = np.zeros((64, 64), np.uint8)
+    lines[20:22, 8:56] = 255
+    Image.fromarray(lines).save(sketch)
+    out = tmp_path / "out"
+    assert (
+        main([*words, "--sketch", str(sketch), "--out", str(out), "--count", "1", "--report"]) == 0
+    )
+    page = (out / "report.html").read_text()
+    assert "Conflict" in page and "sketch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--rescale", "2"], "rescale is 2.0"),
+        (["--autoguidance", "2"], "--autoguidance needs --guide"),
+        (["--eta", "0.5", "--solver", "heun"], "eta is for the solver ddim"),
+        (["--solver", "unipcc"], "did you mean unipc"),
+        (["--size", "65"], "size is 65; a multiple of"),
+        (["--interval", "0.5"], "START:END"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(words, tmp_path, capsys, more, says):
+    out = tmp_path / "out"
+    assert main([*words, "--out", str(out), *more]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not out.exists()
