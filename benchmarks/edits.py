@@ -91,7 +91,7 @@ def tasks(study: Study) -> dict:
         ),
         "reconfiguration": (
             lambda i: edits.reconfiguration(
-                pipe, pictures[i], {"palette": own("palette", 1)[i]}, guidance=2.0, **options
+                pipe, pictures[i], {"palette": own("palette", 1)[i]}, **options
             ),
             [("palette", own("palette", 1))],
             [("depth", own("depth")), ("sketch", own("sketch"))],
@@ -114,7 +114,7 @@ def tasks(study: Study) -> dict:
             [("depth", own("depth")), ("sketch", own("sketch"))],
         ),
         "translation": (
-            lambda i: edits.translation(pipe, pictures[i], captions[i], guidance=3.0, **options),
+            lambda i: edits.translation(pipe, pictures[i], captions[i], **options),
             [("caption", captions)],
             [("depth", own("depth")), ("sketch", own("sketch"))],
         ),
