@@ -3,7 +3,7 @@
 plain        the same ODE upwards, each step from what the network says at its start
              (arXiv 2105.05233, appendix F)
 fixed_point  each step solves for the x that the solver's own step brings back to where it
-             stands, starting from the last step's slope (arXiv 2309.04907)
+             stands, starting from the slope of the step before (arXiv 2309.04907)
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from composer_jax.diffusion.process import Process, one_of
-from composer_jax.diffusion.solvers import Evaluate, evaluation_times, run
+from composer_jax.diffusion.solvers import (
+    Evaluate,
+    begin,
+    evaluation_times,
+    levels,
+    run,
+    solver_evaluations,
+    stepper,
+)
 
-WAYS = {"plain": ("ddim", "euler", "heun"), "fixed_point": ("ddim", "euler")}
+SOLVERS = ("ddim", "euler", "heun")  # the others' steps depend on the steps before
+WAYS = {"plain": SOLVERS, "fixed_point": SOLVERS}
 SOLVER, WAY, ITERATIONS = "ddim", "fixed_point", 3
 
 
@@ -41,37 +50,56 @@ def invert(
     """The x_T from which `sample` (without noise) comes back to x0; float32 of x0's shape.
 
     Arguments as for `sample`, `times` from 1 to 0 likewise; `evaluate` is asked for the evaluations
-    of `inversion_times`. `iterations`: evaluations for each step of a fixed point. Raises
-    ValueError for an unknown way, and for a solver that it does not support.
+    of `inversion_times`. `iterations`: of each step of a fixed point, each as dear as the solver's
+    own step; the first has one more. Raises ValueError for an unknown way or number of them, and
+    for a solver that cannot be inverted.
     """
     _check(solver, way)
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations is {iterations!r}; a whole number from 1 is wanted")
     times = jnp.asarray(times, jnp.float32)
     if way == "plain":
         return run(evaluate, x0, times[::-1], process, solver)
-    alpha, sigma = process.alpha_sigma(times)
+    advance, steps = stepper(evaluate, times, process, solver)
+    alpha, sigma = levels(process, times, solver)
+    last, looks = len(times) - 2, 2 if solver == "heun" else 1
 
-    def up(carry, index):
-        """From x at times[index + 1] to x at times[index]; the step is linear in x and output."""
+    def down(x, number):
+        """The solver's own step, from times[number]; Heun's last one has one look."""
+        first = looks * number
+        stop = jnp.minimum(first + looks, solver_evaluations(solver, last + 1))
+
+        def look(index, carry):
+            return advance(carry, jax.tree.map(lambda leaf: leaf[index], steps))[0]
+
+        return jax.lax.fori_loop(first, stop, look, begin(x, solver))[0]
+
+    def up(carry, number):
+        """From x at times[number + 1] to x at times[number].
+
+        ddim's step is of_x x + of_output output. Held to that form, any step has an output; the
+        output of one step is the first guess of the next.
+        """
         x_end, output = carry
-        end = alpha[index + 1], sigma[index + 1]
 
         def share(output, x):
-            x0, eps = process.x0_eps(jnp.float32(output), jnp.float32(x), times[index])
-            return end[0] * x0 + end[1] * eps
+            x0, eps = process.implied(output, x, alpha[number], sigma[number])
+            return alpha[number + 1] * x0 + sigma[number + 1] * eps
 
-        of_output, of_x = share(1.0, 0.0), share(0.0, 1.0)
+        of_output, of_x = share(1.0, 0.0), jnp.maximum(share(0.0, 1.0), 0.1)
 
-        def refine(_, output):
-            x = (x_end - of_output * output) / of_x
-            return evaluate(x, times[index], index).astype(jnp.float32)
+        def closer(_, x):
+            return x + (x_end - down(x, number)) / of_x
 
-        output = jax.lax.fori_loop(0, iterations, refine, output)
-        return ((x_end - of_output * output) / of_x, output), None
+        x = (x_end - of_output * output) / of_x
+        x = jax.lax.fori_loop(0, iterations + (number == last), closer, x)
+        moved = of_output != 0.0
+        found = (x_end - of_x * x) / jnp.where(moved, of_output, 1.0)
+        return (x, jnp.where(moved, found, output)), None
 
     x0 = jnp.asarray(x0, jnp.float32)
-    last = len(times) - 2
-    start = (x0, evaluate(x0, times[last], jnp.int32(last)).astype(jnp.float32))
-    (x_T, _), _ = jax.lax.scan(up, start, jnp.arange(last, -1, -1, dtype=jnp.int32))
+    numbers = jnp.arange(last, -1, -1, dtype=jnp.int32)
+    (x_T, _), _ = jax.lax.scan(up, (x0, jnp.zeros_like(x0)), numbers)
     return x_T
 
 

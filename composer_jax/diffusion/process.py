@@ -21,6 +21,7 @@ SCHEDULES = ("flow", "sd")
 SPACINGS = ("uniform", "trailing", "karras")
 RHO = 7.0  # of the "karras" grid
 TIMESTEPS = 1000  # of Stable Diffusion's schedule
+NEARLY_NONE = 2.0**-12  # the alpha that sigma/alpha is taken at where alpha is 0, diffusers' too
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ class Process:
 
     def x0_eps(self, output: jax.Array, x_t: jax.Array, t) -> tuple[jax.Array, jax.Array]:
         """The (x0, eps) that a raw network output at x_t implies; finite for every t in [0, 1]."""
-        alpha, sigma = self.alpha_sigma(t)
+        return self.implied(output, x_t, *self.alpha_sigma(t))
+
+    def implied(self, output, x_t, alpha, sigma) -> tuple[jax.Array, jax.Array]:
+        """`x0_eps` of an alpha and sigma of one's own."""
         if self.prediction == "eps":
             return (x_t - sigma * output) / alpha, output
         if self.prediction == "v":
@@ -143,9 +147,9 @@ class Process:
         trained at (arXiv 2305.08891, section 3.3; diffusers' `timestep_spacing="trailing"`).
         "karras" (arXiv 2206.00364, eq. 5) is dense near the image: even in sigma/alpha to the power
         of 1/7, or in sigma on the flow schedule, from `start` to t = 1/1000, then 0; as diffusers
-        has it over the whole schedule. Raises ValueError for steps below 1 (or above 1000, if
-        trailing), an unknown spacing, a start outside (0, 1], and for "karras" where sigma/alpha
-        has no end.
+        has it over the whole schedule, zero terminal SNR being sigma/alpha = 4096. Raises
+        ValueError for steps below 1 (or above 1000, if trailing), an unknown spacing, and a start
+        outside (0, 1].
         """
         one_of("spacing", spacing, SPACINGS)
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
@@ -162,13 +166,11 @@ class Process:
         return times.astype(np.float32)
 
     def _karras_times(self, steps: int, start: float) -> np.ndarray:
-        if start == 1.0 and self.zero_terminal_snr:
-            raise ValueError('spacing "karras" has no start at zero terminal SNR; use "trailing"')
         lowest = min(1.0 / TIMESTEPS, start)
         top, bottom = (t if self.schedule == "flow" else self._ratio(t) for t in (start, lowest))
         ramp = np.linspace(top ** (1 / RHO), bottom ** (1 / RHO), steps) ** RHO
         times = ramp if self.schedule == "flow" else self.time_of(ramp)
-        return np.append(times, 0.0).astype(np.float32)
+        return np.concatenate([[start], times[1:], [0.0]]).astype(np.float32)
 
     def _ratio(self, t: float) -> float:
         """sigma/alpha of Stable Diffusion's schedule, in float64 on the host."""
@@ -176,20 +178,24 @@ class Process:
             np.interp(t * TIMESTEPS, np.arange(TIMESTEPS + 1), column)
             for column in _sd_schedule(self.zero_terminal_snr).astype(np.float64)
         )
-        return float(sigma / alpha)
+        return float(sigma / max(alpha, NEARLY_NONE))
 
     def time_of(self, ratio: np.ndarray) -> np.ndarray:
-        """The process time at which sigma/alpha is `ratio`, float64 on the host, of any shape."""
-        ratio = np.asarray(ratio, np.float64)
+        """The process time at which sigma/alpha is `ratio` (0 to infinity, of any shape).
+
+        Float64, on the host.
+        """
+        angle = np.arctan(np.asarray(ratio, np.float64))
+        alpha, sigma = np.cos(angle), np.sin(angle)
         if self.schedule == "flow":
-            return ratio / (1.0 + ratio)
-        alpha, sigma = _sd_schedule(self.zero_terminal_snr).astype(np.float64)
-        with np.errstate(divide="ignore"):
-            step = np.searchsorted(sigma / alpha, ratio, side="right") - 1
+            return sigma / (alpha + sigma)
+        alphas, sigmas = _sd_schedule(self.zero_terminal_snr).astype(np.float64)
+        step = np.searchsorted(np.arctan2(sigmas, alphas), angle, side="right") - 1
         step = np.clip(step, 0, TIMESTEPS - 1)
         # between two points sigma and alpha are straight lines, so their ratio says how far
-        ahead = ratio * alpha[step] - sigma[step]
-        slope = (sigma[step + 1] - sigma[step]) - ratio * (alpha[step + 1] - alpha[step])
+        ahead = sigma * alphas[step] - alpha * sigmas[step]
+        slope = alpha * (sigmas[step + 1] - sigmas[step])
+        slope -= sigma * (alphas[step + 1] - alphas[step])
         return (step + np.clip(ahead / slope, 0.0, 1.0)) / TIMESTEPS
 
 

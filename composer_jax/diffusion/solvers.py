@@ -1,14 +1,17 @@
 """Solvers of the probability-flow ODE: noise to image, and back. Each is a pure step in a scan.
 
-Every solver sees the network through `Process.x0_eps` alone, so one formula holds for each schedule
-and prediction, and at both ends (sigma = 1 with alpha = 0; sigma = 0). One scan iteration is one
-model evaluation; how many there are compiles, everything else may be traced.
+Every solver sees the network as the x0 and eps that its output implies, so one formula holds for
+each schedule and prediction, and at both ends (sigma = 1 with alpha = 0; sigma = 0). One scan
+iteration is one model evaluation; how many there are compiles, everything else may be traced.
 
     ddim      x' = alpha' x0 + sqrt(sigma'^2 - std^2) eps + std z      (arXiv 2010.02502, eq. 12)
     euler     ddim without noise: it is Euler's step in sigma/alpha, and in t on the flow schedule
     heun      euler's step, then the mean of both slopes               (arXiv 2206.00364, alg. 1)
     dpmpp2m   two steps' x0 extrapolated in log(alpha/sigma)           (arXiv 2211.01095, alg. 2)
     unipc     dpmpp2m, a step corrected by the evaluation after it     (arXiv 2302.04867, UniPC-2)
+
+All but ddim go by sigma/alpha, which zero terminal SNR has no value for at t = 1; there they take
+4096, as diffusers' schedulers do. (On the flow schedule their formulas have limits.)
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from composer_jax.diffusion.process import Process, is_number, one_of
+from composer_jax.diffusion.process import NEARLY_NONE, Process, is_number, one_of
 
 SOLVERS = ("ddim", "euler", "heun", "dpmpp2m", "unipc")
 TINY = 1e-30
@@ -33,12 +36,13 @@ Evaluate = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Step(NamedTuple):
     """What one evaluation knows: its index, its process time `at`, and alpha and sigma around it.
 
-    The step goes from `start` to `end`; the one before started at `before` (the first: `start`).
-    `second`: it is Heun's second look.
+    It is made at `here`, for the step from `start` to `end`; the one before started at `before`
+    (the first: `start`). `second`: it is Heun's second look.
     """
 
     index: jax.Array
     at: jax.Array
+    here: tuple[jax.Array, jax.Array]
     start: tuple[jax.Array, jax.Array]
     end: tuple[jax.Array, jax.Array]
     before: tuple[jax.Array, jax.Array]
@@ -92,6 +96,21 @@ def sample(
 
 
 def run(evaluate, x, times, process, solver, noise=None, has_aux=False):
+    """`sample`, in either direction."""
+    advance, steps = stepper(evaluate, times, process, solver, noise, has_aux)
+    (x, _), aux = jax.lax.scan(advance, begin(x, solver), steps)
+    return (x, aux) if has_aux else x
+
+
+def begin(x: jax.Array, solver: str) -> tuple[jax.Array, Any]:
+    """What a solver carries from evaluation to evaluation, before the first: (x, memory)."""
+    x = jnp.asarray(x, jnp.float32)
+    zero = jnp.zeros_like(x)
+    return x, _History(zero, zero, zero, jnp.float32(0.0), False) if solver == "unipc" else zero
+
+
+def stepper(evaluate, times, process, solver, noise=None, has_aux=False) -> tuple[Callable, Step]:
+    """A scan's body, (carry, step) -> (carry, aux), and all steps [S] on the way along `times`."""
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"times has shape {times.shape}; [steps + 1] is wanted, steps at least 1")
     update = {
@@ -102,26 +121,30 @@ def run(evaluate, x, times, process, solver, noise=None, has_aux=False):
         "unipc": _unipc,
     }[solver]
 
-    def body(carry, step):
+    def advance(carry, step):
         x, memory = carry
         output, aux = evaluate(x, step.at, step.index), None
         if has_aux:
             output, aux = output
-        x0, eps = process.x0_eps(output.astype(jnp.float32), x, step.at)
+        x0, eps = process.implied(output.astype(jnp.float32), x, *step.here)
         return update(step, x, x0, eps, memory), aux
 
-    x = jnp.asarray(x, jnp.float32)
     number, second = _steps(solver, len(times) - 1)
-    alpha, sigma = process.alpha_sigma(times)
-    start, end, before = (
-        (alpha[i], sigma[i]) for i in (number, number + 1, np.maximum(number - 1, 0))
+    alpha, sigma = levels(process, times, solver)
+    here, start, end, before = (
+        (alpha[i], sigma[i])
+        for i in (number + second, number, number + 1, np.maximum(number - 1, 0))
     )
     index = jnp.arange(len(number), dtype=jnp.int32)
-    steps = Step(index, times[number + second], start, end, before, jnp.asarray(second == 1))
-    zero = jnp.zeros_like(x)
-    memory = _History(zero, zero, zero, jnp.float32(0.0), False) if solver == "unipc" else zero
-    (x, _), aux = jax.lax.scan(body, (x, memory), steps)
-    return (x, aux) if has_aux else x
+    at, second = times[number + second], jnp.asarray(second == 1)
+    return advance, Step(index, at, here, start, end, before, second)
+
+
+def levels(process: Process, times: jax.Array, solver: str) -> tuple[jax.Array, jax.Array]:
+    """alpha and sigma at `times`, as the solver takes them."""
+    alpha, sigma = process.alpha_sigma(times)
+    exact = solver == "ddim" or process.schedule == "flow"
+    return (alpha if exact else jnp.maximum(alpha, NEARLY_NONE)), sigma
 
 
 def _steps(solver: str, steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from composer_jax.diffusion import Process, evaluation_times, inversion_times, invert, sample
-from composer_jax.diffusion.inversion import SOLVER, WAY, WAYS
+from composer_jax.diffusion.inversion import SOLVER, SOLVERS, WAY, WAYS
 
 FLOW = Process("flow", "flow")
 SD = Process("eps", "sd")
@@ -43,7 +43,7 @@ def test_the_default_is_the_best_way_back(process):
         print(f"{process.prediction:5} {solver:6} {way:12} {psnr:6.1f} dB")
     best = max(found.values())
     assert found[SOLVER, WAY] > best - 1.0 and best > 80.0
-    for solver in WAYS["fixed_point"]:
+    for solver in SOLVERS:
         assert found[solver, "fixed_point"] > found[solver, "plain"] + 25.0
 
 
@@ -89,8 +89,8 @@ def test_evaluations_and_their_times(solver, way):
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"solver": "dpmpp2m"}, "allowed: ddim, euler"),
-        ({"solver": "heun"}, "fixed_point inversion 'heun'"),
+        ({"solver": "dpmpp2m"}, "allowed: ddim, euler, heun"),
+        ({"iterations": 0}, "a whole number from 1"),
         ({"way": "fixed"}, "did you mean 'fixed_point'"),
     ],
 )

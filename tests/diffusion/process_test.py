@@ -206,10 +206,15 @@ def test_karras_is_even_in_the_seventh_root(process):
         alpha, sigma = (np.asarray(a, np.float64) for a in process.alpha_sigma(times[:-1]))
         root = (sigma if process.schedule == "flow" else sigma / alpha) ** (1 / 7)
         np.testing.assert_allclose(np.diff(root), np.diff(root)[0], rtol=2e-3)
-    zero = Process("v", "sd", zero_terminal_snr=True)
-    with pytest.raises(ValueError, match='"karras" has no start at zero terminal SNR'):
-        zero.times(4, "karras")
-    assert np.isfinite(zero.times(4, "karras", 0.9)).all()
+
+
+def test_karras_at_zero_terminal_snr_starts_from_4096():
+    process = Process("v", "sd", zero_terminal_snr=True)
+    times = process.times(5, "karras")
+    assert times[0] == 1.0 and times[-1] == 0.0 and (np.diff(times) < 0).all()
+    alpha, sigma = (np.asarray(a, np.float64) for a in process.alpha_sigma(times[1:-1]))
+    root = np.concatenate([[4096.0], sigma / alpha]) ** (1 / 7)
+    np.testing.assert_allclose(np.diff(root), np.diff(root)[0], rtol=2e-3)
 
 
 @pytest.mark.parametrize("spacing", ["uniform", "trailing", "karras"])
@@ -226,3 +231,4 @@ def test_the_time_of_a_ratio(process):
     t = np.linspace(0.0, 0.998, 501)
     alpha, sigma = (np.asarray(a, np.float64) for a in process.alpha_sigma(t))
     np.testing.assert_allclose(process.time_of(sigma / alpha), t, atol=2e-6)
+    np.testing.assert_allclose(process.time_of([0.0, np.inf]), [0.0, 1.0], rtol=1e-15)

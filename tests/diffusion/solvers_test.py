@@ -81,12 +81,14 @@ def sd_points(process):
     return np.concatenate([[1.0], alphas])
 
 
-def reference_grid(process, steps):
+def reference_grid(process, steps, solver="ddim"):
     """t, alpha, sigma in float64 at SD's whole steps or on the flow schedule."""
     t = 1 - np.arange(steps + 1) / steps
     if process.schedule == "flow":
         return t, 1 - t, t
     a = sd_points(process)[np.round(1000 * t).astype(int)]
+    if solver != "ddim":  # diffusers': alphas_cumprod[-1] = 2**-24
+        a = np.maximum(a, 2.0**-12)
     return t, a, np.sqrt(1 - a**2)
 
 
@@ -134,7 +136,7 @@ def reference_unipc(look, x, x0, a, s, i, past):
 def reference(solver, process, x, steps):
     """Each solver as its paper or diffusers writes it, in float64."""
     x = x.astype(np.float64)
-    t, a, s = reference_grid(process, steps)
+    t, a, s = reference_grid(process, steps, solver)
 
     def look(x, i):
         return reference_x0_eps(process, model(x, t[i], np), x, a[i], s[i])
@@ -182,7 +184,7 @@ def test_equal_to_the_formulas(solver, process):
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-5
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp2m", "unipc"])
+@pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp2m", "unipc"])
 def test_equal_to_the_formulas_at_zero_terminal_snr(solver):
     x = noise()
     got = sample(fixed, x, ZERO.times(10), ZERO, solver)
@@ -249,7 +251,7 @@ def test_order_of_convergence(process, solver):
 
 @pytest.mark.parametrize("process", ALL)
 def test_sound_from_end_to_end(process):
-    """From pure noise to the data; one step is the prediction of x0."""
+    """From pure noise to the data; one step is the prediction of x0, but for x / 4096."""
     x = noise((1000,), seed=2)
 
     @jax.jit
@@ -262,7 +264,7 @@ def test_sound_from_end_to_end(process):
     one, many = run(x)
     x0, _ = process.x0_eps(model(x, 1.0, jnp), x, 1.0)
     for got in one:
-        np.testing.assert_allclose(got, x0, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got, x0, rtol=1e-4, atol=1e-3)
     for got in many:
         assert np.abs(got - exact(process, x, 1.0, 0.0)).max() < 0.1
 
