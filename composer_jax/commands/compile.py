@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from composer_jax.commands.sample import add_sampling_arguments, sampling_options
+from composer_jax.commands.sample import add_program_arguments, sampling_options
 from composer_jax.diffusion.guidance import BUCKETS
 from composer_jax.sampling.pipeline import Pipeline
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--values", type=int, choices=BUCKETS, default=1, help="values that one condition may have"
     )
-    add_sampling_arguments(parser)
+    add_program_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,29 +50,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}.negative", metavar="VALUE", help="to move away from")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, and how it is sampled: the fields of `Options`."""
+def add_program_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and of how it is sampled what compiles a program of its own."""
     parser.add_argument("--model", help="model directory or training workdir (default: bundled)")
     parser.add_argument("--guide", help="a weaker model, for --autoguidance")
     parser.add_argument("--size", type=int, help="of the images in pixels (default: the model's)")
+    parser.add_argument("--batch", type=int, help="images at a time")
+    parser.add_argument("--steps", type=int, help="solver steps (default: the model's)")
+    parser.add_argument("--solver", choices=SOLVERS, help="(default: the model's)")
+    parser.add_argument("--eta", type=float, help="noise of solver ddim, 0 to 1")
+    parser.add_argument("--autoguidance", type=float, help="weight against the guide, 1 for none")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and how it is sampled: the fields of `Options`."""
+    add_program_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i depends on seed and i alone")
-    group = parser.add_argument_group("sampling", "how images are sampled (default: the model's)")
-    group.add_argument("--steps", type=int, help="solver steps")
-    group.add_argument("--solver", choices=SOLVERS)
-    group.add_argument("--spacing", choices=SPACINGS, help="of the grid of times")
-    group.add_argument("--eta", type=float, help="noise of solver ddim, 0 to 1")
-    group.add_argument("--guidance", type=float, help="guidance weight, 1 for none")
-    group.add_argument("--interval", type=_span, metavar="START:END", help="in which guidance acts")
-    group.add_argument("--rescale", type=float, help="guidance's contrast taken back, 0 to 1")
-    group.add_argument("--autoguidance", type=float, help="weight against the guide, 1 for none")
-    group.add_argument("--batch", type=int, help="images at a time")
+    parser.add_argument("--spacing", choices=SPACINGS, help="of the grid of times")
+    parser.add_argument("--guidance", type=float, help="guidance weight, 1 for none")
+    parser.add_argument("--interval", type=_span, metavar="START:END", help="where guidance acts")
+    parser.add_argument("--rescale", type=float, help="guidance's contrast taken back, 0 to 1")
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """What those arguments say, None where nothing; wrong values are refused here."""
-    names = ("steps", "solver", "spacing", "eta", "guidance", "interval")
-    names += ("rescale", "autoguidance", "batch")
-    options = {name: getattr(args, name) for name in names}
+    names = [f.name for f in fields(Options) if f.name != "start"]
+    options = {name: getattr(args, name, None) for name in names}
     if options["autoguidance"] not in (None, 1.0) and not args.guide:
         raise ValueError("--autoguidance needs --guide, a weaker model of the same conditions")
     Options(solver="ddim").but(**options | {"solver": options["solver"] or "ddim"})
@@ -115,7 +118,7 @@ def _given(args: argparse.Namespace, pipe: Pipeline, wanted: list[str]) -> dict[
     """The uses that the command line asks for."""
     given: dict[str, Any] = {}
     if args.image:
-        tools = {"clip": pipe.clip, **load_tools(**named_tools(args))}
+        tools = pipe.tools(wanted) | load_tools(**named_tools(args))
         given |= decompose(conditions.load_image(args.image), only=wanted, tools=tools)
     options = vars(args)
     uses: dict[str, list[Use]] = {}
@@ -159,7 +162,7 @@ def _preview(out: Path):
 
 def _report(args, pipe: Pipeline, uses, images: np.ndarray, options: dict[str, Any]) -> None:
     """OUT/report.html: each image, its conditions as wanted and as taken out of it again."""
-    tools = {"clip": pipe.clip, **load_tools(**named_tools(args))}
+    tools = pipe.tools(tuple(uses)) | load_tools(**named_tools(args))
     found = obedience(uses, images, tools)
     page = Report("How the images obey", f"{len(images)} images, {args.out}")
     table = []

@@ -41,21 +41,22 @@ class Programs:
         self._keep = Path(cache) / "programs" if cache else None
         self._about, self.shipped = about, shipped
         self._traced = jax.jit(run, static_argnums=0)
-        self._opened: dict[str, Callable] = {}
+        self._opened: dict[tuple, Callable] = {}  # by kind and sizes of the inputs
 
     def __call__(self, kind: Any, weights: Mapping[str, jax.Array], inputs: Mapping[str, Any]):
         """Runs the program for these weights and inputs."""
         if kind.preview or jax.local_device_count() > 1:
             return self._traced(kind, weights, inputs)
-        name = self.name(kind, weights, inputs)
-        if name not in self._opened:
+        sizes = kind, *((leaf.dtype, leaf.shape) for leaf in jax.tree.leaves(inputs))
+        if sizes not in self._opened:
+            name = self.name(kind, weights, inputs)
             paths = [folder / name for folder in (self.shipped, self._keep) if folder]
             found = next((path for path in paths if path.is_file()), None)
             if not (found or self._keep):
                 return self._traced(kind, weights, inputs)
             path = found or self.export(self._keep, kind, weights, inputs)
-            self._opened[name] = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
-        return self._opened[name](weights, inputs)
+            self._opened[sizes] = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
+        return self._opened[sizes](weights, inputs)
 
     def count(self) -> int:
         """How many programs were compiled or opened so far."""

@@ -54,7 +54,7 @@ class Picture:
     """An image at the model's size, and its factors, each taken when first asked for.
 
     `known`: condition -> value that is known of the image, in place of what would be taken from it.
-    `tools`: as `decompose` takes them; the model's CLIP is there.
+    `tools`: as `decompose` takes them, beside those of the model.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Picture:
         known: Mapping[str, Any] | None = None,
         tools: Mapping[str, Any] | None = None,
     ):
-        self._pipe, self._tools = pipe, {"clip": pipe.clip} | dict(tools or {})
+        self._pipe, self._tools = pipe, dict(tools or {})
         self._image = conditions.load_image(image)
         self._factors = {name: pipe.stored(name, value) for name, value in (known or {}).items()}
         self.pixels: np.ndarray = pipe.fit_image(self._image)  # uint8 [size, size, 3]
@@ -74,7 +74,8 @@ class Picture:
         if name not in self._pipe.names:
             self._pipe.uses({name: None})  # says so
         if name not in self._factors:
-            stored = decompose(self._image, only=(name,), tools=self._tools)[name]
+            tools = self._pipe.tools([name]) | self._tools
+            stored = decompose(self._image, only=(name,), tools=tools)[name]
             self._factors[name] = self._pipe.stored(name, stored)
         return self._factors[name]
 

@@ -42,13 +42,13 @@ class Job:
     def inputs(self, first: int = 0) -> Iterator[tuple[dict[str, Any], slice]]:
         """Inputs of the program for images from `first` on, and which of their rows are wanted."""
         batch = -(-self.batch // jax.local_device_count()) * jax.local_device_count()
-        count = len(self.own["seeds"])
+        count, shared = len(self.own["seeds"]), place(self.shared)
         for start in range(first - first % batch, count, batch):
             index = np.minimum(np.arange(start, start + batch), count - 1)
             own = {name: array[index] for name, array in self.own.items()}
             own["values"] = self.values(index)
             wanted = slice(max(first - start, 0), min(count - start, batch))
-            yield place(own, "batch") | place(self.shared), wanted
+            yield place(own, "batch") | shared, wanted
 
 
 def default_batch(side: int) -> int:
@@ -59,7 +59,7 @@ def default_batch(side: int) -> int:
 def place(tree: Any, *axes: str) -> Any:
     """On all devices of this process: copied, or split along the first axis ("batch")."""
     if jax.local_device_count() == 1:
-        return tree
+        return jax.device_put(tree)
     mesh = Mesh(np.array(jax.local_devices()), ("batch",))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
 

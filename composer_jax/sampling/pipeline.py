@@ -98,7 +98,6 @@ class Pipeline:
         """The same pipeline for other weights of the same architecture; nothing is recompiled."""
         other = copy.copy(self)
         other.model = model
-        other._networks = (model.composer, model.vae, self._networks[2])
         other._weights = place(_by_name(nnx.state(_networks(model, self.guide))))
         return other
 
@@ -109,7 +108,11 @@ class Pipeline:
 
     def tool(self, name: str) -> Any:
         """The tool that a condition's `extract`, `parse` and `measure` want, or None."""
-        return self.clip if conditions.get(name).tool == "clip" else None
+        return self.tools([name]).get(conditions.get(name).tool)
+
+    def tools(self, names: Sequence[str]) -> dict[str, Any]:
+        """The tools of some conditions that come with the model, by name: CLIP, if one wants it."""
+        return {"clip": self.clip} if any(conditions.get(n).tool == "clip" for n in names) else {}
 
     def __call__(
         self, given: Mapping[str, Any], *, count: int = 1, seed: int = 0, **options: Any
@@ -171,20 +174,25 @@ class Pipeline:
         *,
         solver: str = inversion.SOLVER,
         way: str = inversion.WAY,
+        iterations: int = inversion.ITERATIONS,
         guidance: float = 1.0,
         **options: Any,
     ) -> np.ndarray:
         """The noise float32 [B, h, w, c] that sampling makes images uint8 [B, H, W, 3] of.
 
         Deterministic, under any conditions; sampling takes it as `noise`, with the same conditions,
-        solver, steps and guidance. `way`: of `diffusion.invert`.
+        solver, steps and guidance. `way`, `iterations`: of `diffusion.invert`; much guidance in few
+        steps wants more iterations.
         """
         images = np.asarray(images)
         images = images[None] if images.ndim == 3 else images
         uses = self.uses(given)
         stored = {name: [u.value for u in candidates] for name, candidates in uses.items()}
         options |= {"image": images, "solver": solver, "guidance": guidance}
-        job = self._job(uses, [stored] * len(images), [(0, 0)] * len(images), options, way=way)
+        seeds = [(0, 0)] * len(images)
+        job = self._job(
+            uses, [stored] * len(images), seeds, options, way=way, iterations=iterations
+        )
         return np.concatenate([found["latents"][wanted] for found, wanted in self._run(job)])
 
     def conflict(self, given: Mapping[str, Any], *, seed: int = 0, **options: Any):
@@ -262,6 +270,7 @@ class Pipeline:
         options,
         *,
         way: str = "",
+        iterations: int = 0,
         probe: Sequence[str] = (),
         rows: int = 1,
         values: int = 1,
@@ -298,6 +307,7 @@ class Pipeline:
             noisy=bool(options.eta),
             guide=bucket(guided[-1] + 1) if len(guided) else 0,
             inversion=way,
+            iterations=iterations,
             probe=bool(probe),
             preview="preview" in extras,
         )

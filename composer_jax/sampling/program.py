@@ -29,14 +29,16 @@ class Kind:
     """What compiles a program of its own, beside the sizes of the inputs.
 
     `solver`; `noisy`: ddim draws noise; `guide`: how many rows the second network evaluates;
-    `inversion`: a way of `diffusion.invert`, from image to noise, or nothing; `probe`: rows are
-    compared with each other at every evaluation; `preview`: the host sees x0 on the way.
+    `inversion`: a way of `diffusion.invert`, from image to noise, or nothing; `iterations`: its;
+    `probe`: rows are compared with each other at every evaluation; `preview`: the host sees x0 on
+    the way.
     """
 
     solver: str
     noisy: bool = False
     guide: int = 0
     inversion: str = ""
+    iterations: int = 0
     probe: bool = False
     preview: bool = False
 
@@ -80,8 +82,8 @@ def program(
     known, times = inputs["known"], inputs["times"]
     evaluate = _evaluation(networks, process, kind, inputs, preview)
     if kind.inversion:
-        x_T = inversion.invert(evaluate, known, times, process, kind.solver, way=kind.inversion)
-        return {"latents": x_T}
+        way = (kind.solver, kind.inversion, kind.iterations)
+        return {"latents": inversion.invert(evaluate, known, times, process, *way)}
     keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1]))(inputs["seeds"])
     drawn = jax.vmap(lambda key: jax.random.normal(key, known.shape[1:]))(keys)
     noise = jnp.where(inputs["own_noise"], inputs["noise"], drawn)

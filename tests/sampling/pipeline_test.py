@@ -114,6 +114,17 @@ def test_a_guide_that_is_the_model_itself_changes_nothing(pipe, run, scene):
     )
 
 
+def test_other_weights_of_the_same_model_compile_nothing(pipe):
+    """As the sample grids of training do, time after time."""
+    given, options = {"palette": RED}, {"steps": 2, "output": "latents"}
+    plain, compiled = pipe(given, **options), pipe._program.count()
+    worse = replace(pipe.model, composer=jax.tree.map(lambda a: 0.9 * a, pipe.model.composer))
+    other = pipe.with_weights(worse)
+    assert np.abs(other(given, **options) - plain).max() > 1e-3
+    np.testing.assert_array_equal(other.with_weights(pipe.model)(given, **options), plain)
+    assert pipe._program.count() == compiled
+
+
 def test_an_image_to_start_from_and_what_is_kept_of_it(pipe, scene):
     image = scene[0][0]
     latents = pipe.encode(image[None])
