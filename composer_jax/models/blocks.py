@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 
@@ -13,6 +14,11 @@ from jaxtyping import Array, Float
 
 ZEROS = nnx.initializers.zeros_init()  # for the last layer of a branch around a skip
 MASKED = -1e9  # what a token that must not be seen gets in its attention logits; finite, no NaN
+
+
+def default_dtype() -> type:
+    """What networks run in where nobody says: bfloat16 on accelerators, float32 on CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 class Keys:
@@ -68,27 +74,38 @@ def _kron(matrix, x) -> jax.Array:
     return jax.lax.dot(square, x.reshape(len(x), -1)).reshape(-1, *x.shape[1:])
 
 
-def _winograd(x, kernel) -> jax.Array:
+@partial(jax.jit, static_argnums=1)
+def winograd_kernel(kernel, m: int) -> jax.Array:
+    """The transform of a kernel [3, 3, C, D], on CPU: [(m + 2)^2, C, D], for `_winograd`."""
+
+    def transformed(kernel):
+        return _kron(WINOGRAD[m][1], kernel.reshape(9, *kernel.shape[2:]))
+
+    def unused(kernel):
+        return jnp.zeros(((m + 2) ** 2, *kernel.shape[2:]), kernel.dtype)
+
+    return jax.lax.platform_dependent(kernel, cpu=transformed, default=unused)
+
+
+def _winograd(x, kernel_KxCxD, m: int) -> jax.Array:
     """The 3 x 3 convolution of x [B, H, W, C], padded by 1, by Winograd's minimal filtering.
 
-    The kernel's transform ends in a dot: XLA takes that out of a sampler's loop, which it does not
-    do to a transposition. The transformed kernel is 16/9 as large with m = 2 and 4 times as large
-    with m = 4, which is for large maps, whose kernels are small. Relative errors (L2) are 6e-7 and
-    4e-6, a direct convolution's 4e-7.
+    The transformed kernel is 16/9 as large with m = 2 and 4 times as large with m = 4, which is for
+    large maps, whose kernels are small. Relative errors (L2) are 6e-7 and 4e-6, a direct
+    convolution's 4e-7.
     """
     _, height, width, c_in = x.shape
-    m = 4 if height * width >= 32 * 32 else 2
-    transform, of_kernel, back = WINOGRAD[m]
+    transform, _, back = WINOGRAD[m]
+    c_out = kernel_KxCxD.shape[2]
     h, w = -(-height // m), -(-width // m)
     x = jnp.pad(x, ((0, 0), (1, 1 + m * h - height), (1, 1 + m * w - width), (0, 0)))
     rows = jnp.stack([x[:, i : i + m * h : m] for i in range(m + 2)])
     tiles = jnp.stack([rows[:, :, :, j : j + m * w : m] for j in range(m + 2)], axis=1)
     tiles_KxBxhxwxC = tiles.reshape(-1, *tiles.shape[2:])
     x_KxNxC = _kron(transform, tiles_KxBxhxwxC).reshape(len(tiles_KxBxhxwxC), -1, c_in)
-    kernel_KxCxD = _kron(of_kernel, kernel.reshape(9, c_in, -1))
     y_MxNxD = _kron(back, jax.lax.batch_matmul(x_KxNxC, kernel_KxCxD))
-    y_mxmxBxhxwxD = y_MxNxD.reshape(m, m, -1, h, w, kernel.shape[3])
-    y = y_mxmxBxhxwxD.transpose(2, 3, 0, 4, 1, 5).reshape(-1, m * h, m * w, kernel.shape[3])
+    y_mxmxBxhxwxD = y_MxNxD.reshape(m, m, -1, h, w, c_out)
+    y = y_mxmxBxhxwxD.transpose(2, 3, 0, 4, 1, 5).reshape(-1, m * h, m * w, c_out)
     return y[:, :height, :width]
 
 
@@ -107,7 +124,14 @@ def _convolve(x, kernel, strides, padding, **options) -> jax.Array:
         or x.shape[1] * x.shape[2] > 64 * 64
     ):
         return direct(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=_winograd, default=direct)
+    m = 4 if x.shape[1] * x.shape[2] >= 32 * 32 else 2
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        winograd_kernel(kernel, m),
+        cpu=lambda x, kernel, transformed: _winograd(x, transformed, m),
+        default=lambda x, kernel, transformed: direct(x, kernel),
+    )
 
 
 def conv3(c_in: int, c_out: int, *, stride: int = 1, padding=1, **options) -> nnx.Conv:
@@ -218,6 +242,48 @@ def _attend_on_cpu(q, k, v, bias) -> jax.Array:
     return jax.lax.map(lambda head: over_positions(*head), heads).reshape(q.shape).swapaxes(1, 2)
 
 
+def bias_as_feature(q, k, v, bias: Float[Array, "b l"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k, v [B, N or L, H, D + 8] whose logits, divided by sqrt(D), have the bias in them.
+
+    Eight features more, as D stays a multiple of 8: 1 in q; in k the bias, then seven times 0.
+    """
+    bias_BxLx1 = (bias * math.sqrt(q.shape[-1])).astype(k.dtype)[:, :, None]
+    rest = ((0, 0), (0, 0), (0, 0), (0, 8))
+    more_BxLxHx8 = jnp.zeros((*k.shape[:3], 8), k.dtype).at[..., 0].set(bias_BxLx1)
+    return (
+        jnp.pad(q, rest, constant_values=1),
+        jnp.concatenate([k, more_BxLxHx8], -1),
+        jnp.pad(v, rest),
+    )
+
+
+def _attend_by_cudnn(q, k, v, bias, causal: bool) -> jax.Array:
+    """Of [B, N, H, D] and [B, L, H, D], the logits' bias [B, L] or None.
+
+    cuDNN takes a bias only as [.., N, L], and writes a gradient of that size.
+    """
+    width = q.shape[-1]
+    if bias is not None:
+        q, k, v = bias_as_feature(q, k, v, bias)
+    options = {"scale": width**-0.5, "is_causal": causal, "implementation": "cudnn"}
+    return jax.nn.dot_product_attention(q, k, v, **options)[..., :width]
+
+
+@functools.cache
+def _cudnn_takes(width: int, dtype, biased: bool) -> bool:
+    """Whether jax has cuDNN here, and that takes heads of this width, on GPUs that know how to."""
+    for device in jax.devices():
+        if "NVIDIA" in device.device_kind and float(device.compute_capability) < 8.0:
+            return False  # before Ampere
+    x = jax.ShapeDtypeStruct((1, 8, 1, width), dtype)
+    bias = jax.ShapeDtypeStruct((1, 8), jnp.float32) if biased else None
+    try:
+        jax.eval_shape(partial(_attend_by_cudnn, causal=False), x, x, x, bias)
+    except RuntimeError:  # "cuDNN is not detected", or NotImplementedError
+        return False
+    return True
+
+
 @jax.named_scope("attention")
 def attend(
     q, k, v, heads: int, bias: Float[Array, "b l"] | None = None, causal: bool = False
@@ -228,36 +294,32 @@ def attend(
     """
     batch, n, channels = q.shape
     shape = (batch, -1, heads, channels // heads)
-    if bias is not None:
-        bias = bias[:, None, None, :].astype(q.dtype)
-    q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
-    plain = partial(jax.nn.dot_product_attention, is_causal=causal)
-    fused = partial(plain, implementation="cudnn") if _suits_cudnn(q, k, bias) else plain
+
+    def plain(q, k, v, bias=None):
+        if bias is not None:
+            bias = bias[:, None, None, :].astype(q.dtype)
+        return jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal)
 
     def on_cpu(q, k, v, bias=None):
         length = k.shape[1]
         every = jnp.zeros((batch, heads, 1, length), q.dtype)
         if bias is not None:
-            every = every + bias
+            every = every + bias[:, None, None, :]
         if causal:
             every = every + jnp.where(jnp.tri(n, length, dtype=bool), 0.0, MASKED)[None, None]
         return _attend_on_cpu(q, k, v, every)
 
-    inputs = (q, k, v) if bias is None else (q, k, v, bias)
-    cpu = on_cpu if q.dtype == jnp.float32 else plain
-    out = jax.lax.platform_dependent(*inputs, cpu=cpu, default=fused)
+    def on_cuda(q, k, v, bias=None):
+        return _attend_by_cudnn(q, k, v, bias, causal)
+
+    platforms = {}
+    if q.dtype == jnp.float32:
+        platforms["cpu"] = on_cpu
+    elif _cudnn_takes(shape[-1], q.dtype, bias is not None):
+        platforms["cuda"] = on_cuda
+    inputs = [x.reshape(shape) for x in (q, k, v)] + ([] if bias is None else [bias])
+    out = jax.lax.platform_dependent(*inputs, **platforms, default=plain)
     return out.reshape(batch, n, channels)
-
-
-def _suits_cudnn(q, k, bias) -> bool:
-    """Whether cuDNN's fused attention takes these [B, N, H, D]; it has half precision alone."""
-    return (
-        "NVIDIA" in jax.devices()[0].device_kind
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-        and (bias is None or (q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0))
-    )
 
 
 class Attention(nnx.Module):

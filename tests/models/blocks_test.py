@@ -1,0 +1,60 @@
+"""Attention and convolutions in the forms that platforms take them in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from composer_jax.models.blocks import MASKED, Keys, attend, bias_as_feature, conv3
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_bias_as_a_feature_is_the_bias(heads):
+    """What cuDNN is given, whose own bias is as large as the logits."""
+    q, k, v = (draw(i, 2, n, heads, 24) for i, n in enumerate((10, 7, 7)))
+    bias = jnp.log(jax.random.uniform(jax.random.key(3), (2, 7))).at[:, 2].set(MASKED)
+    wide = bias_as_feature(q, k, v, bias)
+    assert {x.shape[-1] for x in wide} == {32}
+    found = jax.nn.dot_product_attention(*wide, scale=24**-0.5)
+    wanted = jax.nn.dot_product_attention(q, k, v, bias[:, None, None])
+    np.testing.assert_allclose(found[..., :24], wanted, atol=2e-6)
+    np.testing.assert_array_equal(found[..., 24:], 0.0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [24, 520])  # all heads at once, and head by head
+def test_attention_on_cpu_is_attention(length, causal):
+    q, k, v = (draw(i, 2, length, 32) for i in range(3))
+    bias = draw(3, 2, length).at[:, 5].set(MASKED)
+    found = attend(q, k, v, 4, bias, causal)
+    heads = (x.reshape(2, length, 4, 8) for x in (q, k, v))
+    wanted = jax.nn.dot_product_attention(*heads, bias[:, None, None], is_causal=causal)
+    np.testing.assert_allclose(found, wanted.reshape(2, length, 32), atol=2e-6)
+
+
+@pytest.mark.parametrize("side", [(8, 8), (7, 13), (32, 32), (33, 45)])
+def test_a_convolution_by_minimal_filtering_is_a_convolution(side):
+    conv = conv3(64, 96, rngs=Keys(0))
+    x = draw(1, 2, *side, 64)
+
+    def direct(kernel, x):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
+        )
+
+    kernel = conv.kernel[...]
+    found, wanted = conv(x), direct(kernel, x)
+    assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+    assert "winograd_kernel" in str(jax.make_jaxpr(conv)(x))
+    grad = jax.grad(lambda x: jnp.sum(conv(x) ** 2))(x)
+    wanted = jax.grad(lambda x: jnp.sum(direct(kernel, x) ** 2))(x)
+    assert np.linalg.norm(grad - wanted) < 2e-5 * np.linalg.norm(wanted)
