@@ -21,7 +21,8 @@ from composer_jax.diffusion.guidance import mix, rescale
 from composer_jax.diffusion.process import Process
 from composer_jax.models.composer import Composer
 from composer_jax.models.vae import VAE
-from composer_jax.sampling.rows import arrange, evaluate_rows
+from composer_jax.sampling.once import hoisted
+from composer_jax.sampling.rows import Rows, arrange, evaluate_rows
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,23 @@ def program(
 
 def to_images(vae: VAE, latents: Float[Array, "b h w c"]) -> jax.Array:
     """Decodes latents to uint8 [B, H, W, 3]."""
-    return jnp.round((jnp.clip(vae.decode(latents), -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+    images = jnp.clip(vae.decode(latents).astype(jnp.float32), -1.0, 1.0)
+    return jnp.round((images + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def _evaluation(networks, process, kind, inputs, preview) -> solvers.Evaluate:
     """The evaluation that a solver asks for: the rows of the plan, mixed."""
     plan, values, amount = inputs["plan"], inputs["values"], inputs["rescale"]
-    rows = arrange(networks.composer, values, plan["source"])
-    guides = arrange(networks.guide, values, plan["source"][: kind.guide]) if kind.guide else None
+    source = plan["source"]
+    rows = arrange(networks.composer, values, source)
+    shapes = inputs["known"], inputs["times"][0], plan["strength"][0], plan["area"][0]
+    every_row = hoisted(partial(evaluate_rows, networks.composer, rows), *shapes)
+    if len(source) > 1:
+        row = hoisted(partial(_evaluate_row, networks.composer, rows), jnp.int32(0), *shapes)
+    if kind.guide:
+        guides = arrange(networks.guide, values, source[: kind.guide])
+        shapes = *shapes[:2], shapes[2][: kind.guide], shapes[3]
+        guide_rows = hoisted(partial(evaluate_rows, networks.guide, guides), *shapes)
 
     def evaluate(x, t, index):
         at = process.timestep(t)
@@ -120,39 +130,30 @@ def _evaluation(networks, process, kind, inputs, preview) -> solvers.Evaluate:
             plan[key][index] for key in ("weight", "given", "guide", "strength", "area")
         )
 
-        def every_row():
-            return evaluate_rows(networks.composer, rows, x, at, strength, area)
-
-        def mixed(outputs, weight, given):
+        def mixed():
+            outputs = every_row(x, at, strength, area)
             return mix(outputs, weight), mix(outputs, given)
 
-        def one_row():
-            one = partial(
-                jax.lax.dynamic_slice_in_dim, start_index=jnp.argmax(acting), slice_size=1
-            )
-            alone = rows.only(jnp.argmax(acting))
-            outputs = evaluate_rows(networks.composer, alone, x, at, one(strength), area)
-            return mixed(outputs, one(weight), one(given))
+        def one_mixed():
+            k = jnp.argmax(acting)
+            output = row(k, x, at, strength, area)
+            one = partial(jax.lax.dynamic_slice_in_dim, start_index=k, slice_size=1)
+            return mix(output, one(weight)), mix(output, one(given))
 
         acting = jnp.any((weight != 0.0) | ((amount > 0.0) & (given != 0.0)), axis=(1, 2))
         if kind.probe:
-            outputs = every_row()
+            outputs = every_row(x, at, strength, area)
             cosines = _cosines(outputs[inputs["probe"]])
-            output, positive = mixed(outputs, weight, given)
-        elif len(acting) > 1:
+            output, positive = mix(outputs, weight), mix(outputs, given)
+        elif len(source) > 1:
             # an evaluation in which one row alone has weight runs that row alone
-            output, positive = jax.lax.cond(
-                acting.sum() == 1, one_row, lambda: mixed(every_row(), weight, given)
-            )
+            output, positive = jax.lax.cond(acting.sum() == 1, one_mixed, mixed)
         else:
-            output, positive = mixed(every_row(), weight, given)
+            output, positive = mixed()
         if kind.guide:
             output += jax.lax.cond(
                 jnp.any(guide != 0.0),
-                lambda: mix(
-                    evaluate_rows(networks.guide, guides, x, at, strength[: kind.guide], area),
-                    guide[: kind.guide],
-                ),
+                lambda: mix(guide_rows(x, at, strength[: kind.guide], area), guide[: kind.guide]),
                 lambda: jnp.zeros_like(x),
             )
         output = rescale(output, positive, amount)
@@ -162,6 +163,12 @@ def _evaluation(networks, process, kind, inputs, preview) -> solvers.Evaluate:
         return (output, cosines) if kind.probe else output
 
     return evaluate
+
+
+def _evaluate_row(composer, rows: Rows, k, x, timestep, strength, area) -> jax.Array:
+    """Row k's output alone, [1, B, h, w, c]."""
+    strength_1xn = jax.lax.dynamic_slice_in_dim(strength, k, 1)
+    return evaluate_rows(composer, rows.only(k), x, timestep, strength_1xn, area)
 
 
 def _keep(process, output, x, t, known, keep) -> jax.Array:
