@@ -119,7 +119,6 @@ def our_sampler(folder: str, dtype: str, steps: int):
     from composer_jax.models.pretrained import open_unet
 
     graph, state = nnx.split(open_unet(folder).load(getattr(jnp, dtype)))
-    state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
     process = Process(prediction="eps", schedule="sd")
 
     def run(state, noise, context):

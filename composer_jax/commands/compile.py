@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from composer_jax.commands.sample import add_program_arguments, sampling_options
+from composer_jax.commands.sample import (
+    add_program_arguments,
+    open_pipeline,
+    sampling_options,
+)
 from composer_jax.diffusion.guidance import BUCKETS
-from composer_jax.sampling.pipeline import Pipeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes one program; `sample` finds it in the model's folder."""
     options = sampling_options(args)
-    pipe = Pipeline.load(args.model, guide=args.guide, size=args.size)
+    pipe = open_pipeline(args)
     path = pipe.compile(args.out, rows=args.rows, values=args.values, **options)
     print(f"{path}, {path.stat().st_size >> 10} KiB")

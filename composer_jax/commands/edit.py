@@ -11,10 +11,15 @@ import numpy as np
 from composer_jax import conditions
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
 from composer_jax.commands.pictures import grid, save_png
-from composer_jax.commands.sample import add_sampling_arguments, read_region, sampling_options
+from composer_jax.commands.sample import (
+    add_sampling_arguments,
+    open_pipeline,
+    read_region,
+    sampling_options,
+)
 from composer_jax.data.tools import load_tools
-from composer_jax.sampling.edits import TASKS, Picture, Task
-from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.sampling.edits import TASKS, Task
+from composer_jax.sampling.picture import Picture
 from composer_jax.storage.series import Series, describe_model
 
 
@@ -84,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     settings = _settings(args, task)
     if (args.out / "0000.png").exists():
         raise ValueError(f"{args.out} holds images already; give another --out")
-    pipe = Pipeline.load(args.model, guide=args.guide, size=args.size)
+    pipe = open_pipeline(args)
     tools = load_tools(**named_tools(args))
     pictures = [Picture(pipe, image, tools=tools) for image in images]
     pictures[0] = Picture(pipe, images[0], known, tools)

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from composer_jax.sampling.options import Options
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import Series, describe_model, describe_uses
 
+DTYPES = ("float32", "bfloat16")
 SHOWN = 64  # images in grid.png and in the report
 
 
@@ -55,6 +57,9 @@ def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model directory or training workdir (default: bundled)")
     parser.add_argument("--guide", help="a weaker model, for --autoguidance")
     parser.add_argument("--size", type=int, help="of the images in pixels (default: the model's)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="(default: bfloat16 on accelerators, float32 on CPU)"
+    )
     parser.add_argument("--batch", type=int, help="images at a time")
     parser.add_argument("--steps", type=int, help="solver steps (default: the model's)")
     parser.add_argument("--solver", choices=SOLVERS, help="(default: the model's)")
@@ -70,6 +75,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance weight, 1 for none")
     parser.add_argument("--interval", type=_span, metavar="START:END", help="where guidance acts")
     parser.add_argument("--rescale", type=float, help="guidance's contrast taken back, 0 to 1")
+
+
+def open_pipeline(args: argparse.Namespace) -> Pipeline:
+    """The model that those arguments name."""
+    return Pipeline.load(args.model, args.dtype, args.guide, args.size)
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     for name in wanted:
         conditions.get(name)
     options = sampling_options(args)
-    pipe = Pipeline.load(args.model, guide=args.guide, size=args.size)
+    pipe = open_pipeline(args)
     uses = pipe.uses(_given(args, pipe, wanted))
     series = Series(args.out, _call(args, pipe, uses, options))
     images = pipe.stream(
@@ -147,6 +157,7 @@ def _call(args, pipe: Pipeline, uses: dict[str, list[Use]], options: dict[str, A
         "model": describe_model(pipe.model),
         "guide": describe_model(pipe.guide) if pipe.guide else None,
         "size": pipe.size,
+        "dtype": str(jnp.dtype(pipe.model.composer.dtype)),
         "seed": args.seed,
         **describe_uses(uses),
         **asdict(pipe.defaults.but(**options)),

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from composer_jax.models.blocks import Keys
+from composer_jax.models.blocks import Keys, default_dtype
 from composer_jax.models.depth import Preprocess, check_type
 from composer_jax.models.dpt import DPT, DPTConfig
 from composer_jax.models.files import (
@@ -80,9 +79,7 @@ def load_dpt(source: str | Path, dtype=None) -> DPT:
     ValueError, one line, where something is missing, surplus, mis-shaped or not supported.
     """
     config, tensors = open_dpt(source)
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    network = _abstract(config, dtype)
+    network = _abstract(config, dtype or default_dtype())
     fill_module(network, tensors, str(source))
     return network
 

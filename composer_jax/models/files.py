@@ -252,8 +252,8 @@ def module_tensors(module: nnx.Module) -> dict[str, Tensor]:
     return {".".join(map(str, path)): in_memory(value.get_value()) for path, value in flat}
 
 
-def fill_module(module: nnx.Module, tensors: Tensors, where: str) -> None:
-    """Puts tensors into a module by dotted path, in the module's dtypes.
+def fill_module(module: nnx.Module, tensors: Tensors, where: str, dtype=None) -> None:
+    """Puts tensors into a module by dotted path, in `dtype` or the module's own.
 
     Strict: raises ValueError that names a missing, surplus or mis-shaped tensor; nothing is
     half-loaded. `where` names the file in the message.
@@ -262,7 +262,7 @@ def fill_module(module: nnx.Module, tensors: Tensors, where: str) -> None:
     flat = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     compare({name: tuple(v.shape) for name, v in flat.items()}, tensors, where)
     for name, variable in flat.items():
-        variable.set_value(jnp.asarray(tensors[name].read(), variable.dtype))
+        variable.set_value(jnp.asarray(tensors[name].read(), dtype or variable.dtype))
     nnx.update(module, state)
 
 

@@ -78,9 +78,9 @@ class Pretrained:
     process: Mapping[str, Any]
 
     def load(self, dtype=jnp.float32) -> nnx.Module:
-        """The network, computing in `dtype`; raises ValueError for broken numbers."""
+        """The network, held and computing in `dtype`; raises ValueError for broken numbers."""
         module = _abstract(self.kind, self.config, dtype)
-        fill_module(module, self.tensors, self.where)
+        fill_module(module, self.tensors, self.where, dtype)
         return module
 
 

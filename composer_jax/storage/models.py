@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from composer_jax.models.blocks import Keys
+from composer_jax.models.blocks import Keys, default_dtype
 from composer_jax.models.composer import Composer, ComposerConfig
 from composer_jax.models.detectors import DepthConfig, DepthRegressor
 from composer_jax.models.files import (
@@ -104,7 +104,8 @@ def load_depth(folder: Path, dtype=jnp.float32) -> DepthRegressor:
     values = {key: value for key, value in values.items() if key not in ("format", "kind")}
     config = DepthConfig.from_dict(values)
     part = nnx.eval_shape(lambda: DepthRegressor(config, dtype=dtype, rngs=Keys(0)))
-    _fill(part, folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    fill_module(part, open_tensors(path), str(path), dtype)
     return part
 
 
@@ -130,9 +131,10 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def load_model(where: str | Path | None = None, dtype=jnp.float32) -> Model:
+def load_model(where: str | Path | None = None, dtype=None) -> Model:
     """Reads a model directory or a training workdir; without `where` the bundled model.
 
+    `dtype`: what networks are held and compute in, by default `default_dtype()`.
     Raises ValueError, one line, where there is none or a part of it is missing or mis-shaped.
     """
     folder = BUNDLED if where is None else Path(where)
@@ -155,16 +157,14 @@ def load_model(where: str | Path | None = None, dtype=jnp.float32) -> Model:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'model.json'} is broken: {error!r}") from error
 
+    dtype = dtype or default_dtype()
+
     def build():
         return Composer(config, absent, dtype=dtype, rngs=Keys(0))
 
-    composer = nnx.eval_shape(build)
-    _fill(composer, folder / "unet.safetensors")
+    composer, path = nnx.eval_shape(build), folder / "unet.safetensors"
+    fill_module(composer, open_tensors(path), str(path), dtype)
     return Model(composer, load_codec(folder, dtype), folder / "clip", info)
-
-
-def _fill(module: nnx.Module, path: Path) -> None:
-    fill_module(module, open_tensors(path), str(path))
 
 
 class replacing:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -210,3 +211,14 @@ def test_regions_share_a_picture(pipe):
 def test_mistakes_are_named(pipe, given, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(given, **{"steps": 2, **options})
+
+
+def test_half_precision(pipe, run):
+    """Weights are held in it, noise and latents are not; the images are almost the same."""
+    half = Pipeline.load(run, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half._weights)} == {jnp.dtype(jnp.bfloat16)}
+    options = dict(steps=3, output="latents")
+    latents = half({"palette": RED}, **options)
+    wanted = pipe({"palette": RED}, **options)
+    assert latents.dtype == np.float32
+    assert 0 < np.linalg.norm(latents - wanted) < 0.03 * np.linalg.norm(wanted)
