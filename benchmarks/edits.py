@@ -17,6 +17,7 @@ from composer_jax.commands.pictures import save_png
 from composer_jax.data.sources import open_source
 from composer_jax.evaluation.control import extract_all, scenes_tools
 from composer_jax.sampling import edits
+from composer_jax.sampling.picture import Picture
 from composer_jax.sampling.pipeline import Pipeline
 
 SHOWN, CELL, LABEL = 4, 96, 118
@@ -35,7 +36,7 @@ class Study:
         self.stored = extract_all(self.images, batch["given"], self.pipe.names, self.tools)
         known = ("caption", "depth", "instances")
         self.pictures = [
-            edits.Picture(self.pipe, image, {name: one[name] for name in known}, self.tools)
+            Picture(self.pipe, image, {name: one[name] for name in known}, self.tools)
             for image, one in zip(self.images, self.stored, strict=True)
         ]
         self.judges = {

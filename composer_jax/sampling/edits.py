@@ -25,8 +25,7 @@ depends on the seed only where `eta` is above 0.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,94 +34,15 @@ import numpy as np
 from composer_jax import conditions
 from composer_jax.conditions import Value
 from composer_jax.conditions.base import slerp
-from composer_jax.conditions.decompose import decompose
-from composer_jax.conditions.image import fit_map
 from composer_jax.diffusion import Use, two_sets, use
 from composer_jax.diffusion.inversion import SOLVER
+from composer_jax.sampling.picture import Picture
 from composer_jax.sampling.pipeline import Pipeline
-
-log = logging.getLogger("composer_jax")
 
 CONTENT = ("sketch", "depth", "instances")  # where things are, and their shapes
 STYLE = ("palette", "semantics")  # how they look
 GLOBAL = ("caption", *STYLE)  # what has no place in the picture
-GROUND = 128  # grey level around what stands alone
 GUIDANCE = 1.5  # of reconfigurations: more changes more, also what should stay
-
-
-class Picture:
-    """An image at the model's size, and its factors, each taken when first asked for.
-
-    `known`: condition -> value that is known of the image, in place of what would be taken from it.
-    `tools`: as `decompose` takes them, beside those of the model.
-    """
-
-    def __init__(
-        self,
-        pipe: Pipeline,
-        image: Any,
-        known: Mapping[str, Any] | None = None,
-        tools: Mapping[str, Any] | None = None,
-    ):
-        self._pipe, self._tools = pipe, dict(tools or {})
-        self._image = conditions.load_image(image)
-        self._factors = {name: pipe.stored(name, value) for name, value in (known or {}).items()}
-        self.pixels: np.ndarray = pipe.fit_image(self._image)  # uint8 [size, size, 3]
-
-    def factor(self, name: str) -> Any:
-        """One condition, stored; raises ValueError where the model or the image has none."""
-        if name not in self._pipe.names:
-            self._pipe.uses({name: None})  # says so
-        if name not in self._factors:
-            tools = self._pipe.tools([name]) | self._tools
-            stored = decompose(self._image, only=(name,), tools=tools)[name]
-            self._factors[name] = self._pipe.stored(name, stored)
-        return self._factors[name]
-
-    def factors(self, names: Sequence[str]) -> dict[str, Any]:
-        """Those of some conditions that the model and the image have; the log says why others
-        are missing."""
-        found = {}
-        for name in names:
-            try:
-                found[name] = self.factor(name)
-            except ValueError as error:
-                log.info("without %s: %s", name, error)
-        return found
-
-    def held(self, choice: Sequence[str], given, hold=None, vary=()) -> dict[str, Any]:
-        """What a task takes from this picture: `hold`, or what there is of its own `choice`."""
-        for name in vary:
-            conditions.get(name)
-        names = [n for n in (choice if hold is None else hold) if n not in vary and n not in given]
-        if hold is not None:
-            return {name: self.factor(name) for name in names}
-        found = self.factors(names)
-        if choice and not found and not given:
-            raise ValueError(
-                f"none of {', '.join(choice)} is left to hold; give one, or hold others"
-            )
-        return found
-
-    def region(self, region: Any) -> np.ndarray:
-        """A region float [H, W] of the image as float32 [size, size] in [0, 1]."""
-        return fit_map(self._region(region), self.pixels.shape[:2], "area")
-
-    def alone(self, region: Any) -> Picture:
-        """What is in a region float [H, W] of the image, on a grey ground."""
-        inside = fit_map(self._region(region), self._image.shape[:2], "nearest")[..., None]
-        ground = np.uint8(GROUND)
-        return Picture(self._pipe, np.where(inside > 0.5, self._image, ground), tools=self._tools)
-
-    def _region(self, region: Any) -> np.ndarray:
-        region = use(None, region=region).region  # checked
-        (height, width), (rows, columns) = self._image.shape[:2], region.shape
-        if abs(rows * width - columns * height) > max(height, width):
-            raise ValueError(
-                f"region has shape {list(region.shape)}, the image {[height, width]}; "
-                "the same shape is wanted, at any size"
-            )
-        return region
 
 
 def variation(pipe, image, *, given=None, hold=None, vary=(), **options) -> np.ndarray:

@@ -8,7 +8,7 @@ bit whatever the count. Devices share a microbatch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -17,10 +17,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from composer_jax import conditions
 from composer_jax.conditions import Value
+from composer_jax.conditions.image import fit_map
+from composer_jax.diffusion import Use, bank, build_plan, inversion, solvers, trimmed
+from composer_jax.diffusion.guidance import bucket
+from composer_jax.diffusion.process import Process
 from composer_jax.models.composer import ComposerConfig
+from composer_jax.sampling.options import Options
 from composer_jax.sampling.program import Kind
 
 POSITIONS = 1024  # pixels of latents that a microbatch has, if it may be more than one image
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What all jobs of a model have in common. `size`: of images; `side`: of their latents."""
+
+    config: ComposerConfig
+    process: Process
+    size: int
+    side: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,102 @@ class Job:
             own["values"] = self.values(index)
             wanted = slice(max(first - start, 0), min(count - start, batch))
             yield place(own, "batch") | shared, wanted
+
+
+def make_job(
+    frame: Frame,
+    options: Options,
+    uses: Mapping[str, Sequence[Use]],
+    stored: Sequence[Mapping[str, Sequence[Any]]],
+    seeds: Sequence[tuple[int, int]],
+    *,
+    noise: np.ndarray | None = None,
+    known: np.ndarray | None = None,
+    keep: np.ndarray | None = None,
+    output: str = "images",
+    preview: Callable[[int, np.ndarray], None] | None = None,
+    every: int = 5,
+    way: str = "",
+    iterations: int = 0,
+    probe: Sequence[str] = (),
+    rows: int = 1,
+    values: int = 1,
+) -> Job:
+    """Everything that the program is given to make one image for each entry of `stored`.
+
+    `noise` float32 [B, h, w, c], `known` latents [1 or B, h, w, c], `keep` float32 [H, W] and
+    `preview` as `Pipeline` takes them; `way` and `iterations` of an inversion; `probe`: the
+    conditions whose directions are compared; `rows`, `values`: K and J that there must be room for.
+    Raises ValueError, one line, for what does not fit.
+    """
+    if (options.start < 1.0 or keep is not None or way) and known is None:
+        raise ValueError("start below 1, keep and inversion need an image")
+    times = frame.process.times(options.steps, options.spacing, options.start)
+    at = solvers.evaluation_times(times, options.solver)
+    if way:
+        at = inversion.inversion_times(times, options.solver, way)
+    plan = build_plan(
+        uses,
+        frame.config.conditions,
+        at,
+        guidance=options.guidance,
+        interval=options.interval,
+        autoguidance=options.autoguidance,
+        size=(frame.side, frame.side),  # always, so that a region more or less never recompiles
+        spatial=frame.config.having("spatial"),
+        probe=probe,
+        values=values,
+    )
+    plan = trimmed(plan, rows)
+    guided = np.flatnonzero(np.any(plan.guide != 0.0, axis=(0, 2, 3)))
+    kind = Kind(
+        options.solver,
+        noisy=bool(options.eta),
+        guide=bucket(guided[-1] + 1) if len(guided) else 0,
+        inversion=way,
+        iterations=iterations,
+        probe=bool(probe),
+        preview=preview is not None,
+    )
+    shared = {
+        "plan": {f.name: getattr(plan, f.name) for f in fields(plan) if f.name != "probe"},
+        "times": times,
+        "own_noise": np.bool_(noise is not None),
+        "from_known": np.bool_(options.start < 1.0),
+        "eta": np.float32(options.eta),
+        "rescale": np.float32(options.rescale),
+        "every": np.int32(every),
+        "probe": plan.probe,
+    }
+    own = {
+        "seeds": np.asarray(seeds, np.uint32),
+        **_latents(frame, len(stored), noise, known, keep),
+    }
+    made = bank_of(frame.config, frame.size, stored, bank(uses, values))
+    return Job(kind, shared, own, made, options.batch or default_batch(frame.side), output, preview)
+
+
+def _latents(frame: Frame, count: int, noise, known, keep) -> dict[str, np.ndarray]:
+    """`noise`, `known` and `keep` for each image, as views of what is given, or of zeros."""
+    shape = (count, frame.side, frame.side, frame.config.latent_channels)
+    blank = np.float32(0.0)
+    noise = blank if noise is None else np.asarray(noise, np.float32)
+    if noise.ndim and noise.shape != shape:
+        raise ValueError(f"noise has shape {list(noise.shape)}; {list(shape)} is wanted")
+    known = blank if known is None else known
+    if known.ndim and len(known) not in (1, count):
+        raise ValueError(f"{len(known)} images are given for {count} samples")
+    keep = blank if keep is None else np.asarray(keep, np.float32)
+    if keep.ndim:
+        wanted = (frame.size, frame.size)
+        if keep.shape != wanted:
+            raise ValueError(f"keep has shape {list(keep.shape)}; {list(wanted)} is wanted")
+        keep = fit_map(keep, (frame.side, frame.side), "area")[..., None]
+    return {
+        "noise": np.broadcast_to(noise, shape),
+        "known": np.broadcast_to(known, shape),
+        "keep": np.broadcast_to(keep, (*shape[:3], 1)),
+    }
 
 
 def default_batch(side: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from flax import nnx
 from composer_jax import conditions
 from composer_jax.conditions import Value
 from composer_jax.conditions.image import fit_map
-from composer_jax.diffusion import Use, as_uses, bank, build_plan, inversion, solvers, trimmed
-from composer_jax.diffusion.guidance import bucket
+from composer_jax.diffusion import Use, as_uses, inversion
 from composer_jax.diffusion.process import Process, one_of
 from composer_jax.models.clip import Clip
 from composer_jax.sampling.compiled import Programs
-from composer_jax.sampling.job import Job, bank_of, default_batch, place
+from composer_jax.sampling.job import Frame, Job, make_job, place
 from composer_jax.sampling.options import Options
-from composer_jax.sampling.program import Kind, Networks, program
+from composer_jax.sampling.program import Networks, program
 from composer_jax.storage.models import Model, load_model
 
 OUTPUTS = ("images", "latents")
@@ -56,7 +54,8 @@ class Pipeline:
                     raise ValueError(f"the guide's {what} is {guide.info[what]}, not the model's")
             if guide.composer.config.conditions != self.names:
                 raise ValueError(f"the guide has other conditions; {', '.join(self.names)} wanted")
-        self._side = self.size // model.vae.factor
+        side = self.size // model.vae.factor
+        self._frame = Frame(model.composer.config, self.process, self.size, side)
         graph, state = nnx.split(_networks(model, guide))
         names, tree = list(_by_name(state)), jax.tree.structure(state)
         self._weights = place(_by_name(state))
@@ -71,7 +70,8 @@ class Pipeline:
 
         def encode(weights, images):
             vae = merged(weights).vae
-            return vae.latents(vae.encode(images.astype(jnp.float32) / 127.5 - 1.0))
+            latents = vae.latents(vae.encode(images.astype(jnp.float32) / 127.5 - 1.0))
+            return latents.astype(jnp.float32)
 
         about = {"model": model.composer.config.to_dict(), "codec": model.vae.config.to_dict()}
         about |= {"guide": guide and guide.composer.config.to_dict()}
@@ -83,13 +83,15 @@ class Pipeline:
     def load(
         cls,
         where: str | Path | None = None,
-        dtype=jnp.float32,
+        dtype=None,
         guide: str | Path | None = None,
         size: int | None = None,
     ) -> Pipeline:
         """Opens a model directory or training workdir; without `where` the bundled model.
 
-        `guide`: the second network's directory. `size` of the images, by default that of training.
+        `dtype`: what networks are held and compute in, by default bfloat16 on accelerators, float32
+        on CPU. `guide`: the second network's directory. `size` of the images, by default that of
+        training.
         """
         second = None if guide is None else load_model(guide, dtype)
         return cls(load_model(where, dtype), second, size)
@@ -262,93 +264,18 @@ class Pipeline:
             value = condition.parse(value, self.tool(name))
         return condition.fit(value, (self.size, self.size))
 
-    def _job(
-        self,
-        uses,
-        stored,
-        seeds,
-        options,
-        *,
-        way: str = "",
-        iterations: int = 0,
-        probe: Sequence[str] = (),
-        rows: int = 1,
-        values: int = 1,
-    ) -> Job:
-        """Everything that the program is given, on the host."""
+    def _job(self, uses, stored, seeds, options: Mapping[str, Any], **how: Any) -> Job:
+        """`make_job` of what a call says."""
         extras = {name: options[name] for name in EXTRAS if options.get(name) is not None}
         one_of("output", extras.setdefault("output", "images"), OUTPUTS)
         options = self.defaults.but(**{k: v for k, v in options.items() if k not in EXTRAS})
         if options.autoguidance != 1.0 and self.guide is None:
             raise ValueError("autoguidance needs a second model, the pipeline's guide")
-        if (options.start < 1.0 or "keep" in extras or way) and "image" not in extras:
-            raise ValueError("start below 1, keep and inversion need an image")
-        times = self.process.times(options.steps, options.spacing, options.start)
-        at = solvers.evaluation_times(times, options.solver)
-        if way:
-            at = inversion.inversion_times(times, options.solver, way)
-        spatial = self.model.composer.config.having("spatial")
-        plan = build_plan(
-            uses,
-            self.names,
-            at,
-            guidance=options.guidance,
-            interval=options.interval,
-            autoguidance=options.autoguidance,
-            size=(self._side, self._side),  # always, so that a region more or less never recompiles
-            spatial=spatial,
-            probe=probe,
-            values=values,
-        )
-        plan = trimmed(plan, rows)
-        guided = np.flatnonzero(np.any(plan.guide != 0.0, axis=(0, 2, 3)))
-        kind = Kind(
-            options.solver,
-            noisy=bool(options.eta),
-            guide=bucket(guided[-1] + 1) if len(guided) else 0,
-            inversion=way,
-            iterations=iterations,
-            probe=bool(probe),
-            preview="preview" in extras,
-        )
-        shared = {
-            "plan": {f.name: getattr(plan, f.name) for f in fields(plan) if f.name != "probe"},
-            "times": times,
-            "own_noise": np.bool_("noise" in extras),
-            "from_known": np.bool_(options.start < 1.0),
-            "eta": np.float32(options.eta),
-            "rescale": np.float32(options.rescale),
-            "every": np.int32(extras.get("every", 5)),
-            "probe": plan.probe,
-        }
-        latents = (len(stored), self._side, self._side, self.model.composer.config.latent_channels)
-        own = {"seeds": np.asarray(seeds, np.uint32), **self._given_latents(extras, latents)}
-        made = bank_of(self.model.composer.config, self.size, stored, bank(uses, values))
-        batch = options.batch or default_batch(self._side)
-        return Job(kind, shared, own, made, batch, extras["output"], extras.get("preview"))
-
-    def _given_latents(self, extras: Mapping[str, Any], shape: tuple[int, ...]) -> dict:
-        """`noise`, `known` and `keep` for each image, as views of what is given, or of zeros."""
-        noise = np.asarray(extras.get("noise", np.float32(0.0)), np.float32)
-        if noise.ndim and noise.shape != shape:
-            raise ValueError(f"noise has shape {list(noise.shape)}; {list(shape)} is wanted")
-        known = keep = np.float32(0.0)
-        if "image" in extras:
-            images = np.asarray(extras["image"])
-            known = self.encode(images[None] if images.ndim == 3 else images)
-            if len(known) not in (1, shape[0]):
-                raise ValueError(f"{len(known)} images are given for {shape[0]} samples")
-        if "keep" in extras:
-            keep = np.asarray(extras["keep"], np.float32)
-            if keep.shape != (self.size, self.size):
-                wanted = f"[{self.size}, {self.size}]"
-                raise ValueError(f"keep has shape {list(keep.shape)}; {wanted} is wanted")
-            keep = fit_map(keep, (self._side, self._side), "area")[..., None]
-        return {
-            "noise": np.broadcast_to(noise, shape),
-            "known": np.broadcast_to(known, shape),
-            "keep": np.broadcast_to(keep, (*shape[:3], 1)),
-        }
+        image = extras.pop("image", None)
+        if image is not None:
+            image = np.asarray(image)
+            extras["known"] = self.encode(image[None] if image.ndim == 3 else image)
+        return make_job(self._frame, options, uses, stored, seeds, **extras, **how)
 
     def _run(self, job: Job, first: int = 0) -> Iterator[tuple[dict[str, np.ndarray], slice]]:
         """Results of one microbatch after the other, and which of their rows are wanted."""

@@ -7,7 +7,8 @@ import pytest
 
 import composer_jax as cj
 from composer_jax.sampling import edits
-from composer_jax.sampling.edits import TASKS, Picture
+from composer_jax.sampling.edits import TASKS
+from composer_jax.sampling.picture import Picture
 
 RED = ["#d62828"]
 REGION = np.zeros((64, 64), np.float32)
