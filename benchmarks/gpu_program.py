@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from composer_jax import conditions
 from composer_jax.diffusion.process import Process
-from composer_jax.models.blocks import Keys
+from composer_jax.models.blocks import abstract
 from composer_jax.models.composer import Composer, ComposerConfig
 from composer_jax.models.unet import PRESETS, UNetConfig
 from composer_jax.models.vae import PRESETS as CODECS
@@ -90,14 +90,11 @@ def lowered(args, device):
     job = make_job(frame, options, {}, [{}], [(0, 0)], rows=2)
     inputs, _ = next(job.inputs())
 
-    def build():
-        composer = Composer(config, dtype=jnp.bfloat16, rngs=Keys(0))
-        return composer, VAE(CODECS["sd"], dtype=jnp.bfloat16, rngs=Keys(0))
-
     def placed(leaf, dtype=None):
         return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=device)
 
-    graph, state = nnx.split(nnx.eval_shape(build))
+    composer = abstract(Composer, config, dtype=jnp.bfloat16)
+    graph, state = nnx.split((composer, abstract(VAE, CODECS["sd"], dtype=jnp.bfloat16)))
     state = jax.tree.map(lambda leaf: placed(leaf, jnp.bfloat16), state)
 
     def run(state, inputs):

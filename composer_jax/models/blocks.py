@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,19 @@ class Keys:
         """The next key."""
         self._count += 1
         return jax.random.fold_in(self._key, self._count)
+
+
+class _NoKeys(Keys):
+    """Keys of a network of which shapes alone are wanted."""
+
+
+def abstract(network: Callable[..., nnx.Module], *args: Any, **options: Any) -> Any:
+    """A network without its numbers, to be filled; tracing draws no random ones either."""
+    return nnx.eval_shape(lambda: network(*args, **options, rngs=_NoKeys(0)))
+
+
+def _start(options: dict[str, Any]) -> dict[str, Any]:
+    return options | {"kernel_init": ZEROS} if isinstance(options["rngs"], _NoKeys) else options
 
 
 def space_to_depth(x: Float[Array, "b H W c"], factor: int) -> Float[Array, "b h w d"]:
@@ -137,7 +152,7 @@ def _convolve(x, kernel, strides, padding, **options) -> jax.Array:
 def conv3(c_in: int, c_out: int, *, stride: int = 1, padding=1, **options) -> nnx.Conv:
     """A 3 x 3 convolution; `options` are `nnx.Conv`'s."""
     options["conv_general_dilated"] = _convolve
-    return nnx.Conv(c_in, c_out, (3, 3), strides=stride, padding=padding, **options)
+    return nnx.Conv(c_in, c_out, (3, 3), strides=stride, padding=padding, **_start(options))
 
 
 @jax.named_scope("linear")
@@ -151,12 +166,12 @@ def _matmul(x, kernel, *_, precision=None, **__) -> jax.Array:
 
 def linear(c_in: int, c_out: int, **options) -> nnx.Linear:
     """A linear layer over the last axis; `options` are `nnx.Linear`'s."""
-    return nnx.Linear(c_in, c_out, dot_general=_matmul, **options)
+    return nnx.Linear(c_in, c_out, dot_general=_matmul, **_start(options))
 
 
 def conv1(c_in: int, c_out: int, **options) -> nnx.Conv:
     """A 1 x 1 convolution; `options` are `nnx.Conv`'s."""
-    return nnx.Conv(c_in, c_out, (1, 1), conv_general_dilated=_matmul, **options)
+    return nnx.Conv(c_in, c_out, (1, 1), conv_general_dilated=_matmul, **_start(options))
 
 
 def group_norm(channels: int, groups: int, eps: float, *, dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:

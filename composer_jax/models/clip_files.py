@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
 from PIL import Image
@@ -21,6 +20,7 @@ from composer_jax.models.files import (
     find_weights,
     in_memory,
     member,
+    on_device,
     open_tensors,
     read_json,
     write_json,
@@ -107,7 +107,7 @@ def open_params(folder: Path, wanted: Tensors) -> dict[str, Tensor]:
 def read_params(folder: Path, wanted: Tensors) -> dict[str, Any]:
     """The same in memory, nested, as float32; raises ValueError for broken numbers, too."""
     arrays = {
-        tuple(name.split(".")): jnp.asarray(tensor.read(), jnp.float32)
+        tuple(name.split(".")): on_device(tensor, np.float32)
         for name, tensor in open_params(folder, wanted).items()
     }
     return traverse_util.unflatten_dict(arrays)

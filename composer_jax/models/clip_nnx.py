@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from jaxtyping import Array, Float, Int
 
-from composer_jax.models.blocks import Keys, linear
+from composer_jax.models.blocks import abstract, linear
 from composer_jax.models.files import module_tensors
 from composer_jax.models.transformer import ACTIVATIONS, TransformerLayer
 
@@ -213,7 +213,7 @@ class CLIP(nnx.Module):
 
 def abstract_clip(config: CLIPConfig) -> CLIP:
     """The network without its parameters: names and shapes alone."""
-    return nnx.eval_shape(lambda: CLIP(config, rngs=Keys(0)))
+    return abstract(CLIP, config)
 
 
 def random_params(network: CLIP, scale: float, seed: int) -> dict[str, Any]:

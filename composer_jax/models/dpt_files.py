@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
-from composer_jax.models.blocks import Keys, default_dtype
+from composer_jax.models.blocks import abstract, default_dtype
 from composer_jax.models.depth import Preprocess, check_type
 from composer_jax.models.dpt import DPT, DPTConfig
 from composer_jax.models.files import (
@@ -263,7 +262,7 @@ def _read_processor(folder: Path) -> dict[str, Any] | None:
 
 
 def _abstract(config: DPTConfig, dtype=jnp.float32) -> DPT:
-    return nnx.eval_shape(lambda: DPT(config, dtype=dtype, rngs=Keys(0)))
+    return abstract(DPT, config, dtype=dtype)
 
 
 def _missing(folder: Path) -> str:

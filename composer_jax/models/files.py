@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -252,6 +253,11 @@ def module_tensors(module: nnx.Module) -> dict[str, Tensor]:
     return {".".join(map(str, path)): in_memory(value.get_value()) for path, value in flat}
 
 
+def on_device(tensor: Tensor, dtype) -> jax.Array:
+    """A tensor in memory, in `dtype`. `jnp.asarray` would compile a copy for every shape."""
+    return jax.device_put(np.asarray(tensor.read(), dtype))
+
+
 def fill_module(module: nnx.Module, tensors: Tensors, where: str, dtype=None) -> None:
     """Puts tensors into a module by dotted path, in `dtype` or the module's own.
 
@@ -262,7 +268,7 @@ def fill_module(module: nnx.Module, tensors: Tensors, where: str, dtype=None) ->
     flat = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     compare({name: tuple(v.shape) for name, v in flat.items()}, tensors, where)
     for name, variable in flat.items():
-        variable.set_value(jnp.asarray(tensors[name].read(), dtype or variable.dtype))
+        variable.set_value(on_device(tensors[name], dtype or variable.dtype))
     nnx.update(module, state)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from composer_jax.models.blocks import Keys, conv1, conv3
+from composer_jax.models.blocks import abstract, conv1, conv3
 from composer_jax.models.files import Tensor, compare
 
 DEPTHS, WIDTHS = (2, 2, 3, 3, 3), (64, 128, 256, 512, 512)  # VGG16's blocks
@@ -121,7 +121,7 @@ def load_hed(source: str | Path = PACKAGE) -> HED:
     surplus or mis-shaped.
     """
     path = find_hed(source)
-    model = nnx.eval_shape(lambda: HED(rngs=Keys(0)))
+    model = abstract(HED)
     state = nnx.state(model)
     wanted = {_in_file(where): variable for where, variable in nnx.to_flat_state(state)}
     try:

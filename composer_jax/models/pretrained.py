@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from composer_jax.models import layouts
-from composer_jax.models.blocks import Keys
+from composer_jax.models.blocks import abstract
 from composer_jax.models.files import (
     FORMAT,
     Tensor,
@@ -190,7 +190,7 @@ def _ours(root: Path, place: str, values: dict, kind: Kind) -> Pretrained:
 
 
 def _abstract(kind: Kind, config, dtype=jnp.float32) -> nnx.Module:
-    return nnx.eval_shape(lambda: kind.network(config, dtype=dtype, rngs=Keys(0)))
+    return abstract(kind.network, config, dtype=dtype)
 
 
 def _place(root: Path, kind: Kind) -> str | None:

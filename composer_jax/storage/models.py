@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from composer_jax.models.blocks import Keys, default_dtype
+from composer_jax.models.blocks import abstract, default_dtype
 from composer_jax.models.composer import Composer, ComposerConfig
 from composer_jax.models.detectors import DepthConfig, DepthRegressor
 from composer_jax.models.files import (
@@ -103,8 +103,7 @@ def load_depth(folder: Path, dtype=jnp.float32) -> DepthRegressor:
     values = read_json(folder / "config.json")
     values = {key: value for key, value in values.items() if key not in ("format", "kind")}
     config = DepthConfig.from_dict(values)
-    part = nnx.eval_shape(lambda: DepthRegressor(config, dtype=dtype, rngs=Keys(0)))
-    path = folder / "model.safetensors"
+    part, path = abstract(DepthRegressor, config, dtype=dtype), folder / "model.safetensors"
     fill_module(part, open_tensors(path), str(path), dtype)
     return part
 
@@ -158,11 +157,7 @@ def load_model(where: str | Path | None = None, dtype=None) -> Model:
         raise ValueError(f"{folder / 'model.json'} is broken: {error!r}") from error
 
     dtype = dtype or default_dtype()
-
-    def build():
-        return Composer(config, absent, dtype=dtype, rngs=Keys(0))
-
-    composer, path = nnx.eval_shape(build), folder / "unet.safetensors"
+    composer, path = abstract(Composer, config, absent, dtype=dtype), folder / "unet.safetensors"
     fill_module(composer, open_tensors(path), str(path), dtype)
     return Model(composer, load_codec(folder, dtype), folder / "clip", info)
 

@@ -20,7 +20,7 @@ from composer_jax.data.prepare import available, fingerprint, prepare
 from composer_jax.data.sources import Source
 from composer_jax.data.tools import load_tools
 from composer_jax.diffusion.process import Process
-from composer_jax.models.blocks import Keys
+from composer_jax.models.blocks import Keys, abstract
 from composer_jax.models.clip import Clip, small_clip
 from composer_jax.models.composer import Composer, ComposerConfig, Constant, silence
 from composer_jax.models.detectors import DepthConfig, DepthRegressor, depth_loss
@@ -81,7 +81,7 @@ def codec_task(config, source: Source, workdir: Path) -> Task:
             pca_skip(vae, to_unit(jnp.asarray(pool["image"][:512])))
         return vae
 
-    graph = nnx.graphdef(nnx.eval_shape(lambda: VAE(vae_config, dtype=dtype, rngs=Keys(0))))
+    graph = nnx.graphdef(abstract(VAE, vae_config, dtype=dtype))
     start = nnx.state(create())
 
     def loss(params, batch, key):
