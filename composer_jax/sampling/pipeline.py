@@ -284,6 +284,7 @@ class Pipeline:
                 self._preview[:] = [lambda i, x0, w=wanted: job.preview(int(i), np.asarray(x0)[w])]
             found = jax.device_get(self._program(job.kind, self._weights, inputs))
             jax.effects_barrier()
+            self._preview.clear()
             yield found, wanted
 
     def _stream(self, job: Job, first: int = 0) -> Iterator[np.ndarray]:
