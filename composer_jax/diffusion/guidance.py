@@ -230,11 +230,16 @@ def _area(spatial, values: int, evaluations: int, size) -> np.ndarray:
 
 
 def trimmed(plan: Plan, least: int = 1) -> Plan:
-    """The plan without rows that never act, padded to the next bucket that holds `least`."""
+    """The plan without rows that never act, padded to the next bucket that holds `least`.
+
+    Rows that the second network evaluates, too, come first.
+    """
     acting = (plan.weight != 0.0) | (plan.guide != 0.0) | (plan.given != 0.0)
     acting = np.any(acting, axis=(0, 2, 3))
     acting[plan.probe] = True
     rows = np.flatnonzero(acting)
+    guided = np.any(plan.guide != 0.0, axis=(0, 2, 3))
+    rows = rows[np.argsort(~guided[rows], kind="stable")]
     count = bucket(max(len(rows), least))
 
     def cut(array: np.ndarray, axis: int) -> np.ndarray:
@@ -242,7 +247,7 @@ def trimmed(plan: Plan, least: int = 1) -> Plan:
         return np.pad(np.take(array, rows, axis), widths)
 
     mixed = (cut(one, 1) for one in (plan.weight, plan.guide, plan.given))
-    probe = np.searchsorted(rows, plan.probe).astype(np.int32)
+    probe = np.array([np.flatnonzero(rows == row)[0] for row in plan.probe], np.int32)
     return Plan(cut(plan.source, 0), cut(plan.strength, 1), *mixed, plan.area, probe)
 
 

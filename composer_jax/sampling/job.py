@@ -30,12 +30,16 @@ POSITIONS = 1024  # pixels of latents that a microbatch has, if it may be more t
 
 @dataclass(frozen=True)
 class Frame:
-    """What all jobs of a model have in common. `size`: of images; `side`: of their latents."""
+    """What all jobs of a model have in common.
+
+    `size`: of images; `side`: of their latents; `guided`: there is a second network.
+    """
 
     config: ComposerConfig
     process: Process
     size: int
     side: int
+    guided: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ def make_job(
     )
     plan = trimmed(plan, rows)
     guided = np.flatnonzero(np.any(plan.guide != 0.0, axis=(0, 2, 3)))
+    if frame.guided and not len(guided):
+        guided = [0]  # autoguidance more or less never recompiles, either
     kind = Kind(
         options.solver,
         noisy=bool(options.eta),

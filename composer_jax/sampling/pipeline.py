@@ -55,7 +55,8 @@ class Pipeline:
             if guide.composer.config.conditions != self.names:
                 raise ValueError(f"the guide has other conditions; {', '.join(self.names)} wanted")
         side = self.size // model.vae.factor
-        self._frame = Frame(model.composer.config, self.process, self.size, side)
+        config = model.composer.config
+        self._frame = Frame(config, self.process, self.size, side, guide is not None)
         graph, state = nnx.split(_networks(model, guide))
         names, tree = list(_by_name(state)), jax.tree.structure(state)
         self._weights = place(_by_name(state))

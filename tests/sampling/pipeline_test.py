@@ -105,10 +105,12 @@ def test_devices_change_nothing(pipe, run, monkeypatch):
 
 def test_a_guide_that_is_the_model_itself_changes_nothing(pipe, run, scene):
     given = {"sketch": scene[1][0]["sketch"], "palette": RED}
-    options = dict(steps=2, guidance=1.0, output="latents")
+    options = dict(steps=2, guidance=2.0, output="latents")
     plain = pipe(given, **options)
     guided = Pipeline.load(run, guide=run)
     np.testing.assert_allclose(guided(given, autoguidance=2.5, **options), plain, atol=1e-4)
+    np.testing.assert_allclose(guided(given, **options), plain, atol=1e-4)
+    assert guided._program.count() == 1
     worse = replace(pipe.model, composer=jax.tree.map(lambda a: 0.9 * a, pipe.model.composer))
     assert (
         np.abs(Pipeline(pipe.model, worse)(given, autoguidance=2.5, **options) - plain).max() > 1e-3
