@@ -1,12 +1,12 @@
 """What an H100 would run to sample at Stable Diffusion's size, compiled where there is none.
 
-    pip install -e . 'jax[cuda12]'
+    pip install -e '.[cuda]'
     JAX_PLATFORMS=cpu python benchmarks/gpu_program.py
 
 The whole sampler (eight conditions, guidance, 512 px, bfloat16, the codec) is compiled ahead of
 time for a described device. Printed of each computation: cuDNN's convolutions and attentions, and
-what moves arrays about: transpositions and copies. Layers stand in bodies and branches of the loop;
-there, nothing but weights may be transposed, and they rather before it.
+what moves arrays about: transpositions and copies. Layers stand in branches of the loop, where
+nothing large is to be moved; weights are transposed once, before it.
 """
 
 import argparse

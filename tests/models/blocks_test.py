@@ -58,3 +58,12 @@ def test_a_convolution_by_minimal_filtering_is_a_convolution(side):
     grad = jax.grad(lambda x: jnp.sum(conv(x) ** 2))(x)
     wanted = jax.grad(lambda x: jnp.sum(direct(kernel, x) ** 2))(x)
     assert np.linalg.norm(grad - wanted) < 2e-5 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_elsewhere_than_on_cpu_a_convolution_is_one(platform):
+    conv, x = conv3(64, 96, rngs=Keys(0)), draw(1, 2, 8, 8, 64)
+    program = jax.jit(conv).trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert program.count("stablehlo.convolution") == 1 and "dot_general" not in program
+    here = jax.jit(conv).lower(x).as_text()
+    assert "stablehlo.convolution" not in here and "dot_general" in here
