@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--keep", metavar="FILE", help="write the HLO there")
     args = parser.parse_args()
-    ask_nobody()
+    assume_hopper()
     topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     start = time.perf_counter()
@@ -69,7 +69,7 @@ def main() -> None:
     show(text)
 
 
-def ask_nobody() -> None:
+def assume_hopper() -> None:
     """jax asks the GPU at hand how wide heads may be; the one described here is a Hopper."""
     from jax._src.cudnn import fused_attention_stablehlo
 

@@ -64,7 +64,6 @@ def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="solver steps (default: the model's)")
     parser.add_argument("--solver", choices=SOLVERS, help="(default: the model's)")
     parser.add_argument("--eta", type=float, help="noise of solver ddim, 0 to 1")
-    parser.add_argument("--autoguidance", type=float, help="weight against the guide, 1 for none")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +74,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance weight, 1 for none")
     parser.add_argument("--interval", type=_span, metavar="START:END", help="where guidance acts")
     parser.add_argument("--rescale", type=float, help="guidance's contrast taken back, 0 to 1")
+    parser.add_argument("--autoguidance", type=float, help="weight against the guide, 1 for none")
 
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:

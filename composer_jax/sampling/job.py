@@ -115,13 +115,11 @@ def make_job(
         values=values,
     )
     plan = trimmed(plan, rows)
-    guided = np.flatnonzero(np.any(plan.guide != 0.0, axis=(0, 2, 3)))
-    if frame.guided and not len(guided):
-        guided = [0]  # autoguidance more or less never recompiles, either
+    guided = np.any(plan.guide != 0.0, axis=(0, 2, 3)).sum()
     kind = Kind(
         options.solver,
         noisy=bool(options.eta),
-        guide=bucket(guided[-1] + 1) if len(guided) else 0,
+        guide=bucket(max(guided, 1)) if frame.guided else 0,  # autoguidance off compiles nothing
         inversion=way,
         iterations=iterations,
         probe=bool(probe),
@@ -148,23 +146,23 @@ def make_job(
 def _latents(frame: Frame, count: int, noise, known, keep) -> dict[str, np.ndarray]:
     """`noise`, `known` and `keep` for each image, as views of what is given, or of zeros."""
     shape = (count, frame.side, frame.side, frame.config.latent_channels)
-    blank = np.float32(0.0)
-    noise = blank if noise is None else np.asarray(noise, np.float32)
-    if noise.ndim and noise.shape != shape:
-        raise ValueError(f"noise has shape {list(noise.shape)}; {list(shape)} is wanted")
-    known = blank if known is None else known
-    if known.ndim and len(known) not in (1, count):
+    if noise is not None and np.shape(noise) != shape:
+        raise ValueError(f"noise has shape {list(np.shape(noise))}; {list(shape)} is wanted")
+    if known is not None and len(known) not in (1, count):
         raise ValueError(f"{len(known)} images are given for {count} samples")
-    keep = blank if keep is None else np.asarray(keep, np.float32)
-    if keep.ndim:
-        wanted = (frame.size, frame.size)
+    if keep is not None:
+        keep, wanted = np.asarray(keep, np.float32), (frame.size, frame.size)
         if keep.shape != wanted:
             raise ValueError(f"keep has shape {list(keep.shape)}; {list(wanted)} is wanted")
         keep = fit_map(keep, (frame.side, frame.side), "area")[..., None]
+
+    def each(array, shape):
+        return np.broadcast_to(np.asarray(0.0 if array is None else array, np.float32), shape)
+
     return {
-        "noise": np.broadcast_to(noise, shape),
-        "known": np.broadcast_to(known, shape),
-        "keep": np.broadcast_to(keep, (*shape[:3], 1)),
+        "noise": each(noise, shape),
+        "known": each(known, shape),
+        "keep": each(keep, (*shape[:3], 1)),
     }
 
 
