@@ -67,6 +67,13 @@ class VAEConfig:
         """Image size over latent size."""
         return self.patch * 2 ** (len(self.block_out_channels) - 1)
 
+    def latents(self, moments: Float[Array, "b h w d"], key=None) -> Float[Array, "b h w c"]:
+        """Standardised latents: the mean, or a draw from the posterior where a key is given."""
+        z, logvar = jnp.split(moments, 2, axis=-1)
+        if key is not None:
+            z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
+        return (z - _channel(self.latent_mean)) / _channel(self.latent_std)
+
     def to_dict(self) -> dict:
         """As JSON's types."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -283,11 +290,8 @@ class VAE(nnx.Module):
         return jnp.concatenate([mean, jnp.clip(logvar, -30.0, 20.0)], axis=-1).astype(jnp.float32)
 
     def latents(self, moments: Float[Array, "b h w d"], key=None) -> Float[Array, "b h w c"]:
-        """Standardised latents: the mean, or a draw from the posterior where a key is given."""
-        z, logvar = jnp.split(moments, 2, axis=-1)
-        if key is not None:
-            z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
-        return (z - _channel(self.config.latent_mean)) / _channel(self.config.latent_std)
+        """Standardised latents, as `VAEConfig.latents` gives them."""
+        return self.config.latents(moments, key)
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         """The images of standardised latents, about [-1, 1], not clipped."""

@@ -12,6 +12,7 @@ import optax
 from composer_jax.training.sharding import dotted
 from composer_jax.training.state import TrainState
 
+# of parameters, a batch and a key for each of its examples: the mean loss, and scalars for the log
 Loss = Callable[[dict, dict, jax.Array], tuple[jax.Array, dict]]
 
 
@@ -37,11 +38,11 @@ def only(
             raise ValueError(f"trainable {pattern!r} finds no parameter")
         return found
 
-    def part(params, batch, key):
+    def part(params, batch, keys):
         held = jax.tree.map(
             lambda on, p: p if on else jax.lax.stop_gradient(p), trains(params), params
         )
-        return loss(held, batch, key)
+        return loss(held, batch, keys)
 
     return part, optax.masked(optimizer, trains)
 
@@ -57,11 +58,12 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One step; returns the new state and scalars (loss, the loss's own metrics, grad_norm).
 
-    Pure. Randomness is `fold_in(key(seed), state.step)`. `loss(params, batch, key)` returns the
-    loss and a dict of scalars. The average warms up: decay is min(ema_decay, (1 + n) / (10 + n)).
+    Pure. Randomness is `fold_in(key(seed), state.step)` and the example's index. The
+    average warms up: decay is min(ema_decay, (1 + n) / (10 + n)).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+    keys = example_keys(key, len(jax.tree.leaves(batch)[0]))
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, keys)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step.astype(jnp.float32)

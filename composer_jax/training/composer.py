@@ -1,0 +1,146 @@
+"""Training a composer: the loss, and all that a step needs besides its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from composer_jax import conditions
+from composer_jax.diffusion.process import Process
+from composer_jax.models.blocks import Keys
+from composer_jax.models.composer import Composer, ComposerConfig, Constant, silence
+from composer_jax.models.files import Tensor
+from composer_jax.models.pretrained import open_unet
+from composer_jax.models.unet import UNetConfig
+from composer_jax.models.vae import VAEConfig
+from composer_jax.training.step import Loss
+from composer_jax.training.warm_start import around
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a composer is trained: `init()` gives parameters, `loss` is the step's.
+
+    `start`: tensors of the network that it is built around, {} for none. `composer(params)` puts
+    parameters into a composer.
+    """
+
+    config: ComposerConfig
+    process: Process
+    init: Callable[[], Any]
+    loss: Loss
+    composer: Callable[[Any], Composer]
+    start: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def make_recipe(
+    config, names: Sequence[str], sizes: Mapping[str, int], codec: VAEConfig, absent: Mapping
+) -> Recipe:
+    """The recipe of an experiment's config for conditions `names`.
+
+    `sizes`: what CLIP decides; `absent`: values of the conditions whose absence is encoded. Reads
+    no weights. Raises ValueError where parts do not fit together.
+    """
+    process = Process.from_dict(config.process.to_dict())
+    composer_config = ComposerConfig(
+        unet=UNetConfig.from_dict(config.model.unet.to_dict()),
+        conditions=tuple(names),
+        sizes=sizes,
+        latent_channels=codec.latent_channels,
+        factor=codec.factor,
+        **{key: value for key, value in config.model.items() if key != "unet"},
+    )
+    start = _start(config, composer_config, process)
+    dtype = jnp.dtype(config.dtype)
+
+    def create() -> Composer:
+        composer = Composer(composer_config, absent, dtype=dtype, rngs=Keys(config.seed))
+        for name in names if start else ():
+            silence(composer, name)
+        return composer
+
+    graph = nnx.graphdef(nnx.eval_shape(create))
+    constants = jax.device_get(jax.jit(lambda: nnx.state(create(), Constant))())
+    keep = np.asarray([conditions.get(name).keep_probability for name in names], np.float32)
+    draw = partial(draw_presence, keep=keep, drop_all=config.drop_all, keep_all=config.keep_all)
+
+    def composer_of(params) -> Composer:
+        return nnx.merge(graph, params, constants)
+
+    def loss(params, batch, keys):
+        return composer_loss(composer_of(params), codec, process, batch, keys, draw)
+
+    init = lambda: nnx.state(create(), nnx.Param)  # noqa: E731
+    return Recipe(composer_config, process, init, loss, composer_of, start)
+
+
+def _start(config, composer_config: ComposerConfig, process: Process) -> dict[str, Tensor]:
+    """The weights that `config.init_from` names, {} for none; raises ValueError where it and the
+    config ask for different things."""
+    if not config.init_from:
+        return {}
+    unet = open_unet(config.init_from)
+    Process.from_dict(unet.process)  # what is no process is said here
+    for key, value in unet.process.items():
+        if process.to_dict()[key] != value:
+            raise ValueError(
+                f"process.{key} is {process.to_dict()[key]!r}; {config.init_from} was trained with "
+                f"{value!r}"
+            )
+    return around(unet, composer_config)
+
+
+def composer_loss(
+    composer: Composer,
+    codec: VAEConfig,
+    process: Process,
+    batch: Mapping[str, Any],
+    keys: jax.Array,
+    draw_presence: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, dict]:
+    """Weighted squared error of the network's output; each example draws everything for itself.
+
+    `batch`: image uint8 [B, H, W, 3], moments [B, h, w, 2 c] and the cached conditions' `stored`.
+    `draw_presence(key)` gives one example's presence [n]. Returns the loss and metrics.
+    """
+    names = composer.config.conditions
+    known = {name: conditions.get(name) for name in names}
+    images = batch["image"].astype(jnp.float32) / 255.0
+
+    def draw(key, image, moments, stored):
+        keys = jax.random.split(key, 4 + len(names))
+        latent = codec.latents(moments[None].astype(jnp.float32), keys[0])[0]
+        eps = jax.random.normal(keys[1], latent.shape)
+        t = process.sample_times(keys[2], ())
+        values = {
+            name: known[name].draw(keys[4 + i], stored.get(known[name].draws_from or name), image)
+            for i, name in enumerate(names)
+        }
+        return latent, eps, t, draw_presence(keys[3]), values
+
+    x0, eps, t, presence, values = jax.vmap(draw)(keys, images, batch["moments"], batch["stored"])
+    t_Bx1x1x1 = t[:, None, None, None]
+    x_t = process.diffuse(x0, eps, t_Bx1x1x1)
+    encoded, absent = composer.encode(values), composer.encode_absent()
+    output = composer(x_t, process.timestep(t), encoded, absent, presence)
+    error = jnp.mean((output - process.target(x0, eps, t_Bx1x1x1)) ** 2, axis=(1, 2, 3))
+    return jnp.mean(process.loss_weight(t) * error), {"mse": jnp.mean(error)}
+
+
+def draw_presence(key: jax.Array, keep: jax.Array, drop_all: float, keep_all: float) -> jax.Array:
+    """Which conditions one example is given, float32 [n] of 0 and 1 (arXiv 2302.09778, 2.2).
+
+    With probability `drop_all` none, with `keep_all` all, else each by its own `keep` [n].
+    """
+    key_all, key_each = jax.random.split(key)
+    u = jax.random.uniform(key_all)
+    each = jax.random.bernoulli(key_each, keep).astype(jnp.float32)
+    every = jnp.where(u < drop_all, 0.0, jnp.where(u < drop_all + keep_all, 1.0, -1.0))
+    return jnp.where(every < 0.0, each, jnp.broadcast_to(every, each.shape))
