@@ -16,6 +16,7 @@ COMMANDS = {
     "quickstart": "the whole way in minutes, on CPU, ending in a report",
     "decompose": "take images apart into their conditions",
     "train": "train a composer, or its codec, CLIP or depth regressor",
+    "ema": "average a run's parameters over any length, afterwards",
     "convert": "bring Stable Diffusion, CLIP and depth weights in, take networks to diffusers",
     "sample": "make images from any subset of conditions",
     "edit": "vary, blend, recolour, restyle, translate and repaint images",
@@ -40,7 +41,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs a command; returns the exit code: 0, 2 for a user's mistake, 1 where the system refuses
+    (a full disk), 130 for Ctrl-C."""
     if argv is None:
         argv = sys.argv[1:]
         if any(word in COMMANDS for word in argv):
@@ -74,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         print(f"composer: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"composer: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("composer: interrupted", file=sys.stderr)
         return 130

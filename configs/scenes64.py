@@ -21,10 +21,11 @@ scenes, one sampling seed, 20 steps, guidance 2; normalised control and its 95 %
 from ml_collections import ConfigDict
 
 from composer_jax.models.unet import PRESETS
+from composer_jax.training.config import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict()
+    config = defaults()
     config.task = "composer"
     config.source = "scenes:16000"
     config.image_size = 64
@@ -33,12 +34,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.clip_text = dict(skip=0, pad="")
     config.tools = dict(depth="", segmenter="", edges="")  # networks that conditions are taken by
     config.init_from = ""
-    config.trainable = ""  # a regular expression on parameters' names; empty: all
     config.conditions = ()  # empty: all that the source can give
-    config.seed = 0
     config.steps = 4000
     config.batch = 32
-    config.dtype = "float32"
     config.model = dict(
         unet=PRESETS["scenes64"].to_dict(),
         local_channels=16,
@@ -46,17 +44,13 @@ def get_config(variant: str = "") -> ConfigDict:
         tokens_per_vector=4,
         context_length=72,
     )
-    config.process = dict(prediction="flow", schedule="flow")
+    config.process = dict(prediction="flow", schedule="flow", min_snr=None)
     config.drop_all = 0.1
     config.keep_all = 0.1
-    config.optimizer = dict(
+    config.optimizer.update(
         learning_rate=1e-3, warmup=200, decay=0.33, weight_decay=0.0, clip=1.0, betas=(0.9, 0.99)
     )
     config.ema = 0.999
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.sharding = (("kernel", "fsdp"),)
-    config.log_every = 20
-    config.save_every = 500
     config.sample_every = 2000
     config.sampler = dict(solver="dpmpp2m", steps=20, guidance=2.0)
     if variant == "quick":

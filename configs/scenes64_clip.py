@@ -10,25 +10,20 @@ run's.
 
 from ml_collections import ConfigDict
 
+from composer_jax.training.config import defaults
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict()
+    config = defaults()
     config.task = "clip"
     config.source = "scenes:12000"
     config.image_size = 64
-    config.seed = 0
     config.steps = 700
     config.batch = 96
-    config.dtype = "float32"
-    config.optimizer = dict(
+    config.optimizer.update(
         learning_rate=1e-3, warmup=200, decay=0.5, weight_decay=0.05, clip=1.0, betas=(0.9, 0.98)
     )
     config.ema = 0.995
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.sharding = (("kernel", "fsdp"),)
-    config.log_every = 20
-    config.save_every = 500
-    config.sample_every = 0
     if variant == "smoke":
         config.source = "scenes:64"
         config.steps, config.batch, config.log_every = 4, 8, 2

@@ -11,28 +11,23 @@ squared error), F1@1px of their edges .959. `assets/scenes64/vae` is this run's,
 from ml_collections import ConfigDict
 
 from composer_jax.models.vae import PRESETS
+from composer_jax.training.config import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict()
+    config = defaults()
     config.task = "codec"
     config.source = "scenes:12000"
     config.image_size = 64
-    config.seed = 0
     config.steps = 4000
     config.batch = 16
-    config.dtype = "float32"
     config.model = ConfigDict(PRESETS["scenes64"].to_dict())
     config.kl_weight = 2e-5
     config.edge_weight = 0.25
-    config.optimizer = dict(
+    config.optimizer.update(
         learning_rate=1e-3, warmup=100, decay=0.5, weight_decay=0.0, clip=1.0, betas=(0.9, 0.99)
     )
     config.ema = 0.998
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.sharding = (("kernel", "fsdp"),)
-    config.log_every = 20
-    config.save_every = 500
     config.sample_every = 1000
     if variant == "smoke":
         config.source = "scenes:64"

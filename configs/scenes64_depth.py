@@ -12,27 +12,22 @@ it). A blank image has .12, the mean image .20, noise .13, another scene .06.
 from ml_collections import ConfigDict
 
 from composer_jax.models.detectors import DepthConfig
+from composer_jax.training.config import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict()
+    config = defaults()
     config.task = "depth"
     config.source = "scenes:20000"
     config.image_size = 64
     config.seed = 1
     config.steps = 5000
     config.batch = 32
-    config.dtype = "float32"
     config.model = ConfigDict(DepthConfig().to_dict())
-    config.optimizer = dict(
+    config.optimizer.update(
         learning_rate=2e-3, warmup=100, decay=0.6, weight_decay=1e-4, clip=1.0, betas=(0.9, 0.99)
     )
     config.ema = 0.998
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.sharding = (("kernel", "fsdp"),)
-    config.log_every = 20
-    config.save_every = 500
-    config.sample_every = 0
     if variant == "smoke":
         config.source = "scenes:64"
         config.steps, config.batch, config.log_every = 4, 8, 2

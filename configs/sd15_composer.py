@@ -22,24 +22,23 @@ state); 10.6 TFLOP, 118 ms by its own estimate.
 from ml_collections import ConfigDict
 
 from composer_jax.models.unet import PRESETS
+from composer_jax.training.config import defaults
 
 LOCAL = 16  # channels that local conditions add to the UNet's input
 
 
 def get_config(variant: str = "") -> ConfigDict:
     unet = PRESETS["sd15"].to_dict()
-    config = ConfigDict()
+    config = defaults()
     config.task = "composer"
     config.source = "folder:images"
     config.image_size = 512
     config.init_from = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    config.trainable = ""
     config.codec = config.init_from
     config.clip = "openai/clip-vit-large-patch14"
     config.clip_text = dict(skip=0, pad="")
     config.tools = dict(depth="", segmenter="", edges="")
     config.conditions = ()
-    config.seed = 0
     config.steps = 100_000
     config.batch = 64
     config.dtype = "bfloat16"
@@ -50,15 +49,14 @@ def get_config(variant: str = "") -> ConfigDict:
         tokens_per_vector=4,
         context_length=128,
     )
-    config.process = dict(prediction="eps", schedule="sd")
+    config.process = dict(prediction="eps", schedule="sd", zero_terminal_snr=False, min_snr=None)
     config.drop_all = 0.1
     config.keep_all = 0.1
-    config.optimizer = dict(
+    config.optimizer.update(
         learning_rate=5e-5, warmup=1000, decay=0.1, weight_decay=0.01, clip=1.0, betas=(0.9, 0.999)
     )
     config.ema = 0.9999
     config.mesh = dict(data=1, fsdp=-1, tensor=1)
-    config.sharding = (("kernel", "fsdp"),)
     config.log_every = 50
     config.save_every = 2000
     config.sample_every = 10_000

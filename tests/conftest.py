@@ -84,7 +84,7 @@ def run(tmp_path_factory):
     from composer_jax.training.config import load_config
 
     workdir = tmp_path_factory.mktemp("run")
-    train(load_config("scenes64:smoke"), workdir)
+    train(load_config("scenes64:smoke", ["ema_lengths=0.05,0.1"]), workdir)
     return workdir
 
 

@@ -16,10 +16,12 @@ from composer_jax import conditions
 from composer_jax.commands.pictures import grid, save_png
 from composer_jax.data.sources import open_source
 from composer_jax.diffusion import Use
+from composer_jax.training.cluster import gather, is_main, join, main_first
 from composer_jax.training.config import keep_config, load_config
+from composer_jax.training.ema import snapshot_path, write_snapshot
 from composer_jax.training.loop import Interrupted, Settings
 from composer_jax.training.loop import train as run_loop
-from composer_jax.training.state import make_optimizer
+from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.step import only
 from composer_jax.training.tasks import Task, make_task
 from composer_jax.training.warm_start import start_from
@@ -43,19 +45,22 @@ def take_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Trains to the config's last step, from the newest checkpoint where there is one."""
+    join()
     config = load_config(args.config, args.overrides)
     existed = args.workdir.exists()
     try:
         train(config, args.workdir)
     except Interrupted as stopped:
-        print(f"{stopped}; the same command goes on from there")
+        if is_main():
+            print(f"{stopped}; the same command goes on from there")
         return 0 if stopped.signal == signal.SIGTERM else 130
     except ValueError:
         # nothing half-written where nothing was; once training has begun, all of it stays
-        if not existed and not (args.workdir / "checkpoints").exists():
+        if is_main() and not existed and not (args.workdir / "checkpoints").exists():
             shutil.rmtree(args.workdir, ignore_errors=True)
         raise
-    print(f"trained {config.steps} steps; the model is in {args.workdir / 'model'}")
+    if is_main():
+        print(f"trained {config.steps} steps; the model is in {args.workdir / 'model'}")
     return 0
 
 
@@ -65,8 +70,6 @@ def train(config: ConfigDict, workdir: Path) -> Task:
     Raises ValueError for a config that cannot be run, `Interrupted` after a signal.
     """
     source = open_source(config.source, size=config.image_size, seed=config.seed)
-    keep_config(config, workdir)
-    task = make_task(config, source, workdir)
     settings = Settings(
         steps=config.steps,
         batch=config.batch,
@@ -74,26 +77,58 @@ def train(config: ConfigDict, workdir: Path) -> Task:
         ema=config.ema,
         log_every=config.log_every,
         save_every=config.save_every,
-        hook_every=config.sample_every,
         mesh=config.mesh.to_dict(),
         sharding=tuple(config.sharding),
+        lengths=tuple(config.ema_lengths),
+        accumulate=config.accumulate,
+        profile=tuple(config.profile_steps),
     )
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
-    loss, optimizer = only(config.get("trainable", ""), task.loss, optimizer)
-    shown = config.sample_every and config.task in ("codec", "composer")
-    hooks = [_grids(task, workdir)] if shown else []
+    with main_first():
+        if is_main():
+            keep_config(config, workdir)
+        task = make_task(config, source, workdir)
+    loss, optimizer = only(config.trainable, task.loss, optimizer)
 
     def export(step, state):
-        if jax.process_index() == 0:
-            task.export(state)
+        params = gather(state.ema)
+        if is_main():
+            task.export(params, step)
 
+    hooks = []
+    if config.ema_lengths:
+        hooks.append((config.snapshot_every, _snapshots(task, workdir)))
+    if config.sample_every and config.task in ("codec", "composer"):
+        draw = _grids(task, workdir)
+
+        def sample(step, state):
+            export(step, state)
+            if is_main():
+                draw(step)
+
+        hooks.append((config.sample_every, sample))
     warm = partial(start_from, tensors=task.start) if task.start else None
     run_loop(task.init, loss, optimizer, task.batch, settings, workdir, hooks, export, warm)
     return task
 
 
+def _snapshots(task: Task, workdir: Path):
+    """A hook that keeps the averages by power functions, for `composer ema`."""
+    if task.tensors is None:
+        raise ValueError("ema_lengths are for composers; this config trains something else")
+
+    def hook(step, state) -> None:
+        for length, average in state.averages.items():
+            params = gather(average)
+            if is_main():
+                path = snapshot_path(workdir, step, float(length))
+                write_snapshot(path, task.tensors(params))
+
+    return hook
+
+
 def _grids(task: Task, workdir: Path):
-    """A hook that writes `samples/STEP.png`: for the composer, a row for each condition alone."""
+    """Of a step: writes `samples/STEP.png`, for the composer a row for each condition alone."""
     pipelines: list = []
     count = min(SHOWN, len(task.pool["image"]))
 
@@ -128,9 +163,8 @@ def _grids(task: Task, workdir: Path):
         decoded = np.round((np.clip(decoded, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
         return grid(np.concatenate([images, decoded]), count)
 
-    def hook(step, state) -> None:
-        task.export(state)
+    def draw(step: int) -> None:
         picture = composer_grid() if (workdir / "model" / "model.json").is_file() else codec_grid()
         save_png(workdir / "samples" / f"{step:08d}.png", picture)
 
-    return hook
+    return draw

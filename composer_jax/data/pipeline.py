@@ -10,17 +10,19 @@ import jax
 import numpy as np
 
 
-def batches(pool: Any, batch: int, seed: int) -> Callable[[int], Any]:
-    """`batch(step)`: this process's rows of the global batch of that step.
+def batches(
+    pool: Any, batch: int, seed: int, part: tuple[int, int] = (0, 1)
+) -> Callable[[int], Any]:
+    """`batch(step)`: the rows of one part of the global batch of that step.
 
     `pool`: a tree of arrays with a leading axis of N examples. Each epoch is a permutation of its
-    own; batches run across the border of epochs, so `batch` may exceed N. Raises ValueError where
-    the number of processes does not divide `batch`.
+    own; batches run across the border of epochs, so `batch` may exceed N. `part`: (index, how
+    many); raises ValueError where `batch` cannot be split into so many.
     """
-    processes, process = jax.process_count(), jax.process_index()
-    if batch % processes:
-        raise ValueError(f"batch {batch} is not a multiple of the {processes} processes")
-    local = batch // processes
+    index, parts = part
+    if batch % parts:
+        raise ValueError(f"batch {batch} is not a multiple of {parts} parts")
+    local = batch // parts
     count = len(jax.tree.leaves(pool)[0])
 
     @lru_cache(maxsize=4)
@@ -29,7 +31,7 @@ def batches(pool: Any, batch: int, seed: int) -> Callable[[int], Any]:
         return generator.permutation(count)
 
     def at(step: int) -> Any:
-        first = step * batch + process * local
+        first = step * batch + index * local
         positions = np.arange(first, first + local)
         rows = np.array([order(p // count)[p % count] for p in positions.tolist()])
         return jax.tree.map(lambda a: a[rows], pool)

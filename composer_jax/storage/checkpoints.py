@@ -3,44 +3,130 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
-for _noisy in ("orbax", "absl"):  # its progress lines are not for the user; warnings are
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
+log = logging.getLogger("composer_jax")
+for _noisy in ("orbax", "absl"):  # what they say of errors is said below, in a line
+    logging.getLogger(_noisy).setLevel(logging.CRITICAL)
+
+STATE, NOTES, DIGEST = "state", "notes", "digest"
 
 
 class Checkpoints:
-    """The checkpoints under one folder; the newest `keep` stay."""
+    """The checkpoints under one folder; the newest `keep` stay.
+
+    Each holds a pytree of arrays, their digest, and notes, which are of JSON's types.
+    """
 
     def __init__(self, folder: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+        )
+        self._folder, self._options = folder.resolve(), options
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._failed: str | None = None
 
-    def save(self, step: int, state) -> None:
-        """Starts to write `state` (a pytree of arrays) as the checkpoint of `step`."""
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+    def save(self, step: int, state, notes: dict) -> None:
+        """Starts to write the checkpoint of `step`, when the one before is on disk.
 
-    def latest(self) -> int | None:
-        """The step of the newest whole checkpoint, or None."""
-        return self._manager.latest_step()
-
-    def restore(self, abstract):
-        """The newest checkpoint in the shapes and shardings of `abstract`.
-
-        `abstract`: a pytree of jax.ShapeDtypeStruct. Raises ValueError, naming the first
-        difference, where the checkpoint is of another model.
+        What cannot be written is logged, and the older checkpoints stay; see `close`.
         """
-        step = self.latest()
+        self._finish()
+        if step in self._manager.all_steps():
+            return
+        known = ocp.args.JsonSave({**notes, DIGEST: digest(state)})
+        args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), NOTES: known})
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"checkpoint {step} is of another model: {reason}") from error
+            self._manager.save(step, args=args)
+        except Exception as error:  # by tensorstore, orbax or the system
+            self._fail(error)
+
+    def _finish(self) -> None:
+        self._failed = None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+        self._failed = f"a checkpoint could not be written ({_reason(error)}); {self._newest()}"
+        log.error("%s", self._failed)
+
+    def _newest(self) -> str:
+        step = self._manager.latest_step()
+        return f"the newest whole one is of step {step}" if step else "there is no older one"
+
+    def restore(self, abstract) -> tuple[int, Any, dict]:
+        """Step, state and notes of the newest checkpoint that is whole; step 0 for none.
+
+        `abstract`: a pytree of jax.ShapeDtypeStruct with the shardings that are wanted. One that
+        cannot be read, or whose numbers are not those that were written, is named in the log and
+        set aside as STEP.broken. Raises ValueError where none can be read, as of another model.
+        """
+        broken: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, notes = self._read(step, abstract)
+            except Exception as error:  # by tensorstore, orbax, json or the system
+                broken[step] = _reason(error)
+                continue
+            for other, reason in broken.items():
+                log.warning("checkpoint %d is set aside: %s", other, reason)
+                if jax.process_index() == 0:
+                    aside = self._folder / f"{other}.broken"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self._folder / str(other)).rename(aside)
+            self._manager.reload()
+            return step, state, notes
+        if broken:
+            step, reason = next(iter(broken.items()))
+            raise ValueError(f"checkpoint {step} is of another model, or broken: {reason}")
+        return 0, None, {}
+
+    def _read(self, step: int, abstract) -> tuple[Any, dict]:
+        args = ocp.args.Composite(
+            **{STATE: ocp.args.StandardRestore(abstract), NOTES: ocp.args.JsonRestore()}
+        )
+        found = self._manager.restore(step, args=args)
+        state, notes = found[STATE], dict(found[NOTES])
+        if notes.pop(DIGEST) != digest(state):
+            raise ValueError("its numbers are not those that were written")
+        return state, notes
 
     def close(self) -> None:
-        """Waits until all is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until all is on disk; raises OSError where the last save failed."""
+        failed = self._failed
+        self._finish()
         self._manager.close()
+        if self._failed or failed:
+            raise OSError(self._failed or failed)
+
+
+def digest(tree) -> list[int]:
+    """A sum over the bits of each array of a tree, the same for every sharding."""
+    leaves = jax.tree.leaves(tree)
+    mesh = getattr(leaves[0].sharding, "mesh", None)
+    everywhere = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
+    return np.asarray(jax.jit(_digest, out_shardings=everywhere)(leaves)).tolist()
+
+
+def _digest(leaves: list[jax.Array]) -> jax.Array:
+    def one(leaf):
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        return jnp.sum(jax.lax.bitcast_convert_type(leaf, unsigned), dtype=jnp.uint32)
+
+    return jnp.stack([one(leaf) for leaf in leaves])
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". See")[0][:200]

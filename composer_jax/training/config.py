@@ -25,7 +25,40 @@ MAY_CHANGE = (
     "sampler",
     "optimizer",
     "ema",
+    "accumulate",
+    "profile_steps",
+    "snapshot_every",
 )
+
+
+def defaults() -> ConfigDict:
+    """What every experiment's config has, however it trains; `get_config` sets the rest."""
+    config = ConfigDict()
+    config.seed = 0
+    config.dtype = "float32"  # of computation; parameters, averages and optimizer are float32
+    config.accumulate = 1  # parts that a batch is taken in, for less memory
+    config.trainable = ""  # a regular expression on parameters' names; empty: all
+    config.optimizer = dict(
+        name="adamw",  # or muon
+        learning_rate=1e-3,
+        warmup=100,  # steps
+        schedule="linear",  # or cosine, rsqrt, constant: how it falls
+        decay=0.33,  # over this last share of the steps
+        weight_decay=0.0,
+        clip=1.0,
+        betas=(0.9, 0.99),
+        groups=(),  # (pattern on parameters' names, factor of the learning rate) pairs
+    )
+    config.ema = 0.999
+    config.ema_lengths = ()  # (0.05, 0.1): for `composer ema`
+    config.snapshot_every = 1000  # of these averages
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.sharding = (("kernel", "fsdp"),)
+    config.log_every = 20
+    config.save_every = 500
+    config.sample_every = 0
+    config.profile_steps = ()  # (10, 15): a profile of these steps, for TensorBoard
+    return config
 
 
 def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -86,6 +119,8 @@ def _convert(key: str, text: str, old):
         value = (value,)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if old is None and (value is None or isinstance(value, int | float)):
+        return value
     same = isinstance(value, tuple | list) if isinstance(old, tuple | list) else (
         type(value) is type(old))  # fmt: skip
     if not same:

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import signal
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from composer_jax.storage.checkpoints import Checkpoints
-from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
+from composer_jax.training.cluster import Stop, leave
+from composer_jax.training.log import Log, NonFinite
+from composer_jax.training.sharding import batch_sharding, dotted, make_mesh, shard_tree
 from composer_jax.training.state import TrainState, create_state
 from composer_jax.training.step import Loss, train_step
 
-# bf16 FLOP/s of one device, without sparsity, by the start of jax's device_kind
-PEAK_FLOPS = {
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-}
+log = logging.getLogger("composer_jax")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; intervals in steps, `batch` over all processes."""
+    """How to train; intervals in steps, `batch` over all processes.
+
+    `ema`: decay of the exported average; `lengths`: relative lengths of power-function averages.
+    `profile`: () or the steps between which a profile is recorded, for TensorBoard.
+    """
 
     steps: int
     batch: int
@@ -43,12 +37,22 @@ class Settings:
     ema: float
     log_every: int
     save_every: int
-    hook_every: int
     mesh: dict
     sharding: Sequence[tuple[str, str]]
+    lengths: Sequence[float] = ()
+    accumulate: int = 1
+    profile: Sequence[int] = ()
+
+    def __post_init__(self):
+        ways, profile = self.accumulate, tuple(self.profile)
+        if ways < 1 or self.batch % ways:
+            raise ValueError(f"accumulate {ways}: it must divide the batch of {self.batch}")
+        if profile and not (len(profile) == 2 and 0 < profile[0] < profile[1]):
+            raise ValueError(f"profile_steps {profile}: a first and a later last step are wanted")
 
 
-Hook = Callable[[int, TrainState], None]
+# of a step and the state after it; may return scalars for the log. Every process calls it.
+Hook = Callable[[int, TrainState], Mapping[str, float] | None]
 
 
 def train(
@@ -58,66 +62,81 @@ def train(
     batch: Callable[[int], dict],
     settings: Settings,
     workdir: Path,
-    hooks: Sequence[Hook] = (),
+    hooks: Sequence[tuple[int, Hook]] = (),
     on_save: Hook | None = None,
     warm: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
-    """Trains from the newest checkpoint in `workdir`, or from `init()`, to `settings.steps`.
+    """Trains from the newest whole checkpoint in `workdir`, or from `init()`, to `settings.steps`.
 
-    `init()` gives parameters; `batch(step)` this process's part of a batch, numpy arrays;
-    `hooks` are called every `hook_every` steps and at the end, `on_save` beside each checkpoint;
-    `warm` puts trained weights into a new state.
-    SIGTERM and Ctrl-C save and raise `Interrupted`. Writes metrics.jsonl and TensorBoard events.
-    Raises FloatingPointError, naming the step, where the loss is not finite; the last checkpoint
-    stays.
+    `init()` gives parameters; `batch(step)` this process's part of a batch, numpy arrays. `hooks`:
+    (every so many steps, hook) pairs, called at the end, too; `on_save` is called beside each
+    checkpoint; `warm` puts trained weights into a new state. SIGTERM and Ctrl-C save and raise
+    `Interrupted`. Writes metrics.jsonl and TensorBoard events.
+    Raises FloatingPointError, naming the step, where loss or gradient are not finite: the batch is
+    in nonfinite-STEP.npz and the last checkpoint stays. Raises OSError where the last checkpoint
+    could not be written. Ends the process where others of the job are gone.
     """
     mesh = make_mesh(**settings.mesh)
-    create = lambda: create_state(init(), optimizer)  # noqa: E731
-    shapes = jax.eval_shape(create)
+    create = partial(create_state, optimizer=optimizer, lengths=settings.lengths)
+    shapes = jax.eval_shape(lambda: create(init()))
     shardings = shard_tree(shapes, mesh, settings.sharding)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    start = checkpoints.latest() or 0
-    if start:
-        abstract = jax.tree.map(
+    start, state, notes = checkpoints.restore(
+        jax.tree.map(
             lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings
         )
-        state = checkpoints.restore(abstract)
+    )
+    if start:
+        log.info("going on from step %d", start)
     else:
-        state = jax.jit(create, out_shardings=shardings)()
+        state = jax.jit(lambda: create(init()), out_shardings=shardings)()
         state = warm(state) if warm else state
 
-    to_device = partial(_to_device, sharding=batch_sharding(mesh))
-    step_fn = partial(train_step, loss=loss, optimizer=optimizer, ema_decay=settings.ema)
-    seed = jnp.uint32(settings.seed)
+    step_fn = partial(train_step, loss=loss, optimizer=optimizer, ema_decay=settings.ema,
+                      accumulate=settings.accumulate)  # fmt: skip
     jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
-    log = _Log(workdir, start, settings.steps, settings.batch)
+    to_device = partial(_to_device, sharding=batch_sharding(mesh))
+    seed = np.uint32(settings.seed)
+    told = Log(workdir, start, settings.steps, settings.batch, notes.get("waiting", ()))
+    profile = _Profile(settings.profile, workdir / "tensorboard")
     try:
-        with _Stop() as stop:
+        with Stop() as stop:
             upcoming = to_device(batch(start)) if start < settings.steps else None
             compiled = jitted.lower(state, upcoming, seed).compile() if upcoming else None
-            log.flops = _flops(compiled)
+            told.flops = _flops(compiled)
             for step in range(start, settings.steps):
+                profile.at(step, state)
                 state, metrics = compiled(state, upcoming, seed)
                 done = step + 1
-                log.add(done, metrics)
+                told.add(done, metrics)
                 if done < settings.steps:  # the host makes the next batch while the device works
                     upcoming = to_device(batch(done))
-                last = done == settings.steps
-                if last or done % settings.log_every == 0 or stop.asked:
-                    log.write()
-                if last or done % settings.save_every == 0 or stop.asked:
-                    log.write()
-                    checkpoints.save(done, state)
+                asked, last = stop.asked(done), done == settings.steps
+                if last or done % settings.log_every == 0:
+                    told.write()
+                for every, hook in hooks if not asked else ():  # who asks does not wait for long
+                    if last or done % every == 0:
+                        told.scalars(done, hook(done, state) or {})
+                if last or done % settings.save_every == 0 or asked:
+                    checkpoints.save(done, state, {"waiting": told.waiting()})
                     if on_save:
                         on_save(done, state)
-                if stop.asked and not last:
-                    raise Interrupted(done, stop.asked)
-                if settings.hook_every and (last or done % settings.hook_every == 0):
-                    for hook in hooks:
-                        hook(done, state)
+                if asked and not last:
+                    raise Interrupted(done, asked)
+    except NonFinite as error:
+        path = workdir / f"nonfinite-{error.step}-{jax.process_index()}.npz"
+        flat, _ = jax.tree_util.tree_flatten_with_path(batch(error.step - 1))
+        np.savez(path, **{dotted(name): array for name, array in flat})
+        raise FloatingPointError(f"{error}; the batch is in {path}") from error
+    except RuntimeError as error:  # of XLA's collectives
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        leave(f"lost a process of this job ({reason}); start it again and it goes on")
     finally:
+        profile.stop(state)
+        told.close()
         checkpoints.close()
-        log.close()
     return state
 
 
@@ -129,26 +148,26 @@ class Interrupted(Exception):
         self.step, self.signal = step, signal_number
 
 
-class _Stop:
-    """Notes SIGTERM and SIGINT instead of dying; a second SIGINT interrupts as usual."""
+class _Profile:
+    """A window of steps that jax's profiler records."""
 
-    asked: int | None = None
+    def __init__(self, window: Sequence[int], folder: Path):
+        self._window, self._folder, self._on = tuple(window), folder, False
 
-    def __enter__(self):
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._note)
-        return self
+    def at(self, step: int, state) -> None:
+        if not self._window:
+            return
+        if step == self._window[0]:
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+        elif step == self._window[1]:
+            self.stop(state)
 
-    def _note(self, number, frame):
-        del frame
-        self.asked = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *error):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+    def stop(self, state) -> None:
+        if self._on:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._on = False
 
 
 def _to_device(tree, sharding):
@@ -158,77 +177,3 @@ def _to_device(tree, sharding):
 def _flops(compiled) -> float:
     cost = compiled.cost_analysis() if compiled else None
     return float((cost or {}).get("flops", 0.0))
-
-
-class _Log:
-    """metrics.jsonl, TensorBoard and the progress bar; scalars stay on the device until written."""
-
-    def __init__(self, workdir: Path, start: int, steps: int, batch: int):
-        self._main = jax.process_index() == 0
-        self._path, self._batch, self.flops = workdir / "metrics.jsonl", batch, 0.0
-        self._waiting: list[tuple[int, dict]] = []
-        self._bar = tqdm(
-            total=steps, initial=start, unit="step", disable=not self._main, smoothing=0.05
-        )
-        if self._main:
-            from tensorboardX import SummaryWriter
-
-            _cut_back(self._path, start)
-            self._board = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start + 1 if start else None
-            )
-        self._since = None
-        self._peak = next(
-            (f for k, f in PEAK_FLOPS.items() if jax.devices()[0].device_kind.startswith(k)), None
-        )
-
-    def add(self, step: int, metrics: dict) -> None:
-        self._since = self._since or time.perf_counter()
-        self._waiting.append((step, metrics))
-        self._bar.update()
-
-    def write(self) -> None:
-        if not self._waiting:
-            return
-        rows = [(step, {k: float(v) for k, v in m.items()}) for step, m in self._waiting]
-        for step, row in rows:
-            if not np.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {row['loss']} at step {step}; the last checkpoint is kept"
-                )
-        seconds = time.perf_counter() - self._since
-        rate = self._batch * len(rows) / seconds
-        mean = {k: float(np.mean([row[k] for _, row in rows])) for k in rows[0][1]}
-        shown = {"loss": f"{mean['loss']:.4f}", "images/s": f"{rate:.0f}"}
-        if self._peak and self.flops:
-            # the compiled program is one device's
-            mean["mfu"] = self.flops * len(rows) / seconds / self._peak
-            shown["mfu"] = f"{mean['mfu']:.1%}"
-        self._bar.set_postfix(shown)
-        if self._main:
-            step = rows[-1][0]
-            line = {"step": step, **mean, "images_per_second": rate}
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            for name, value in line.items():
-                self._board.add_scalar(name, value, step)
-        self._waiting, self._since = [], time.perf_counter()
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._main:
-            self._board.close()
-
-
-def _cut_back(path: Path, step: int) -> None:
-    """Drops the lines that a restored run will write again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # a line half-written when the run died
-            continue
-    path.write_text("".join(kept))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from composer_jax.training.ema import average
 from composer_jax.training.sharding import dotted
 from composer_jax.training.state import TrainState
 
@@ -55,19 +57,53 @@ def train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict]:
-    """One step; returns the new state and scalars (loss, the loss's own metrics, grad_norm).
+    """One step; returns the new state and scalars (loss, the loss's own, norms).
 
-    Pure. Randomness is `fold_in(key(seed), state.step)` and the example's index. The
-    average warms up: decay is min(ema_decay, (1 + n) / (10 + n)).
+    Pure. Randomness is `fold_in(key(seed), state.step)` and the example's index. `accumulate`:
+    into how many parts the batch is taken, one after the other, for a gradient that needs less
+    memory; the result is the same. The exponential average warms up: its decay is
+    min(ema_decay, (1 + n) / (10 + n)).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = example_keys(key, len(jax.tree.leaves(batch)[0]))
-    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, keys)
+    metrics, gradient = _gradient(loss, state.params, batch, keys, accumulate)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
     ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
-    metrics = {"loss": value, **metrics, "grad_norm": optax.tree.norm(gradient)}
-    return TrainState(params, ema, opt_state, state.step + 1), metrics
+    averages = {
+        length: average(old, params, state.step + 1, float(length))
+        for length, old in state.averages.items()
+    }
+    metrics |= {"grad_norm": optax.tree.norm(gradient), "update_norm": optax.tree.norm(updates)}
+    return TrainState(params, ema, averages, opt_state, state.step + 1), metrics
+
+
+def _gradient(loss: Loss, params, batch, keys, parts: int) -> tuple[dict, Any]:
+    """Metrics and gradient over a batch that is taken in `parts`."""
+
+    def of(part):
+        examples, bits = part
+        own = jax.random.wrap_key_data(bits)
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, examples, own)
+        return {"loss": value, **metrics}, gradient
+
+    whole = batch, jax.random.key_data(keys)
+    if parts == 1:
+        return of(whole)
+
+    def split(leaf):  # every device's examples stay on it: part i takes each `parts`-th
+        return jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, of(part)), None
+
+    every = jax.tree.map(split, whole)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), every)
+    shapes = jax.eval_shape(of, one)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, every)
+    return jax.tree.map(lambda leaf: leaf / parts, total)

@@ -21,11 +21,12 @@ from composer_jax.data.tools import load_tools
 from composer_jax.models.blocks import Keys, abstract
 from composer_jax.models.clip import Clip, small_clip
 from composer_jax.models.detectors import DepthConfig, DepthRegressor, depth_loss
-from composer_jax.models.files import Tensor
+from composer_jax.models.files import Tensor, module_tensors
 from composer_jax.models.vae import VAE, VAEConfig, codec_loss, pca_skip, standardised
 from composer_jax.storage.models import clip_source, load_codec, replacing, save_model, save_part
+from composer_jax.training.cluster import share
 from composer_jax.training.composer import make_recipe
-from composer_jax.training.state import TrainState
+from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import Loss
 
 log = logging.getLogger("composer_jax")
@@ -33,17 +34,19 @@ log = logging.getLogger("composer_jax")
 
 @dataclass(frozen=True)
 class Task:
-    """`init()` gives parameters; `batch(step)` a batch; `export(state)` writes `workdir/model`.
+    """`init()` gives parameters; `batch(step)` this process's part of a batch.
 
-    `start`: trained weights by parameter, which a new run begins with.
+    `export(params, step)` writes `workdir/model`; `start`: trained weights by parameter, which a
+    new run begins with; `tensors(params)`: a composer's trained tensors by name.
     """
 
     init: Callable[[], Any]
     loss: Loss
     batch: Callable[[int], Any]
-    export: Callable[[TrainState], None]
+    export: Callable[[Any, int], None]
     pool: Mapping[str, Any]
     start: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Callable[[Any], dict[str, Tensor]] | None = None
 
 
 def make_task(config, source: Source, workdir: Path) -> Task:
@@ -57,6 +60,12 @@ def make_task(config, source: Source, workdir: Path) -> Task:
     if config.task not in tasks:
         raise ValueError(f"task {config.task!r}; allowed: {', '.join(tasks)}")
     return tasks[config.task](config, source, workdir)
+
+
+def _batches(config, rows) -> Callable[[int], Any]:
+    """This process's part of each batch, by the rows that its devices take."""
+    part = share(make_mesh(**config.mesh), config.batch)
+    return batches(rows, config.batch, config.seed, part)
 
 
 def to_unit(images: jax.Array) -> jax.Array:
@@ -84,18 +93,24 @@ def codec_task(config, source: Source, workdir: Path) -> Task:
         vae = nnx.merge(graph, params)
         return codec_loss(vae, images, keys, config.kl_weight, config.edge_weight)
 
-    def export(state: TrainState) -> None:
-        vae = nnx.merge(graph, jax.device_get(state.ema))
+    def export(params, step: int) -> None:
+        del step
+        vae = nnx.merge(graph, params)
         moments = np.asarray(nnx.jit(VAE.encode)(vae, to_unit(jnp.asarray(pool["image"][:1024]))))
         vae.config = standardised(vae_config, moments)
         save_part(workdir / "model" / "vae", vae)
 
     images = {"image": pool["image"]}
-    return Task(lambda: start, loss, batches(images, config.batch, config.seed), export, pool)
+    return Task(lambda: start, loss, _batches(config, images), export, pool)
 
 
 def clip_task(config, source: Source, workdir: Path) -> Task:
-    """A small CLIP of its own vocabulary on image-caption pairs (arXiv 2103.00020)."""
+    """A small CLIP of its own vocabulary on image-caption pairs (arXiv 2103.00020).
+
+    Its loss compares all examples of a batch, which cannot be taken in parts.
+    """
+    if config.accumulate > 1:
+        raise ValueError("accumulate is 1 for task clip: its loss compares all of a batch")
     captions = [
         text
         for start in range(0, min(len(source), 4096), 64)
@@ -109,11 +124,12 @@ def clip_task(config, source: Source, workdir: Path) -> Task:
         del keys
         return clip.loss(params, batch["image"], batch["ids"])
 
-    def export(state: TrainState) -> None:
-        clip.with_params(jax.device_get(state.ema)).save(workdir / "model" / "clip")
+    def export(params, step: int) -> None:
+        del step
+        clip.with_params(params).save(workdir / "model" / "clip")
 
     rows = {"image": pool["image"], "ids": pool["ids"]}
-    return Task(lambda: clip.params, loss, batches(rows, config.batch, config.seed), export, pool)
+    return Task(lambda: clip.params, loss, _batches(config, rows), export, pool)
 
 
 def depth_task(config, source: Source, workdir: Path) -> Task:
@@ -131,11 +147,12 @@ def depth_task(config, source: Source, workdir: Path) -> Task:
         wanted = depth.value(batch["stored"]["depth"])["map"][..., 0]
         return depth_loss(nnx.merge(graph, params), to_unit(batch["image"]), wanted)
 
-    def export(state: TrainState) -> None:
-        regressor = nnx.merge(graph, jax.device_get(state.ema))
+    def export(params, step: int) -> None:
+        del step
+        regressor = nnx.merge(graph, params)
         save_part(workdir / "model" / "depth", regressor, "float16")
 
-    rows = batches(pool, config.batch, config.seed)
+    rows = _batches(config, pool)
     return Task(lambda: nnx.state(create()), loss, rows, export, pool)
 
 
@@ -168,17 +185,21 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
         "clip_text": clip_text,
     }
 
-    def export(state: TrainState) -> None:
-        composer = recipe.composer(jax.device_get(state.ema))
+    def export(params, step: int) -> None:
+        composer = recipe.composer(params)
         parts = workdir / "parts"
         if not parts.is_dir():  # the fixed networks, written once
             with replacing(parts) as new:
                 save_part(new / "vae", vae)
                 clip.save(new / "clip")
-        save_model(workdir / "model", composer, parts, info | {"step": int(state.step)})
+        save_model(workdir / "model", composer, parts, info | {"step": step})
 
-    rows = batches(pool, config.batch, config.seed)
-    return Task(recipe.init, recipe.loss, rows, export, pool, recipe.start)
+    def tensors(params) -> dict[str, Tensor]:
+        every = module_tensors(recipe.composer(params))
+        return {name: t for name, t in every.items() if not name.startswith("absent.")}
+
+    rows = _batches(config, pool)
+    return Task(recipe.init, recipe.loss, rows, export, pool, recipe.start, tensors)
 
 
 def _conditions(config, source: Source, tools: Mapping[str, Any]) -> tuple[str, ...]:

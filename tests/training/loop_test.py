@@ -1,4 +1,4 @@
-"""The loop: resumes bit for bit, runs on eight devices as on one, never trains on nonsense."""
+"""The loop: resumes bit for bit, runs on any mesh as on one device, never trains on nonsense."""
 
 import json
 import os
@@ -9,104 +9,115 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from composer_jax.training.loop import Interrupted, Settings, train
+from composer_jax.training.loop import Interrupted
 from composer_jax.training.sharding import AXES, make_mesh, shard_tree
-from composer_jax.training.state import make_optimizer
+from tests.training import toy
+from tests.training.toy import fit, rows, same, settings
 
-TRUTH = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
-
-
-def init():
-    return {"layer": {"kernel": jnp.zeros((16, 8)), "bias": jnp.zeros(8)}}
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
 
 
-def loss(params, batch, keys):
-    noise = 0.01 * jax.vmap(lambda key: jax.random.normal(key, (8,)))(keys)
-    found = batch["x"] @ params["layer"]["kernel"] + params["layer"]["bias"][None]
-    error = jnp.mean((found - batch["y"] + noise) ** 2)
-    return error, {"mae": jnp.sqrt(error)}
+def mesh(*sizes):
+    return dict(zip(AXES, sizes, strict=True))
 
 
-def batch(step):
-    x = np.random.default_rng(step).normal(size=(16, 16)).astype(np.float32)
-    return {"x": x, "y": x @ TRUTH}
-
-
-def settings(steps, mesh=None, **changes):
-    defaults = {"batch": 16, "seed": 0, "ema": 0.9, "log_every": 2, "save_every": 4}
-    mesh = mesh or {"data": 8, "fsdp": 1, "tensor": 1}
-    rules = (("kernel", "fsdp"),)
-    return Settings(steps=steps, hook_every=0, mesh=mesh, sharding=rules, **defaults | changes)
-
-
-def fit(workdir, run_settings, batch=batch):
-    optimizer = make_optimizer(0.1, 20, 2, 0.5, 0.0, 1.0, (0.9, 0.99))
-    return train(init, loss, optimizer, batch, run_settings, workdir)
-
-
-def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+def close(a, b, rtol=1e-5):
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for key in a[0]:
+        np.testing.assert_allclose([r[key] for r in a], [r[key] for r in b], rtol=rtol)
 
 
 def test_it_learns_and_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
-    whole = fit(tmp_path / "whole", settings(12))
-    fit(tmp_path / "parts", settings(6))
+    whole = fit(tmp_path / "whole", settings(12, lengths=(0.05, 0.1)))
+    fit(tmp_path / "parts", settings(6, lengths=(0.05, 0.1)))
     (tmp_path / "parts" / "metrics.jsonl").open("a").write('{"step": 7, "loss": 1}\n{"st')
-    parts = fit(tmp_path / "parts", settings(12))
-    same(whole, parts)
-    drop = ("images_per_second",)
-    clean = [
-        [{k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / name)]
-        for name in ("whole", "parts")
-    ]
+    same(whole, fit(tmp_path / "parts", settings(12, lengths=(0.05, 0.1))))
+    clean = [rows(tmp_path / name) for name in ("whole", "parts")]
     assert clean[0] == clean[1]
     assert clean[0][-1]["loss"] < clean[0][0]["loss"]
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
-def test_meshes_agree_and_parameters_are_split(tmp_path, mesh):
-    one = fit(tmp_path / "one", settings(5))
-    other = fit(tmp_path / "other", settings(5, dict(zip(AXES, mesh, strict=True))))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        jax.device_get(one.params),
-        jax.device_get(other.params),
-    )
-    kernel = other.params["layer"]["kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // mesh[1]
+@pytest.mark.parametrize("sizes", MESHES)
+def test_state_is_split_and_goes_on_over_another_mesh(tmp_path, sizes):
+    options = {"lengths": (0.1,), "log_every": 1}
+    one = fit(tmp_path / "one", settings(10, **options))
+    fit(tmp_path / "other", settings(5, mesh=mesh(8, 1, 1), **options))
+    other = fit(tmp_path / "other", settings(10, mesh=mesh(*sizes), **options))
+    close(rows(tmp_path / "one"), rows(tmp_path / "other"))
+    moments = jax.tree.leaves(one.opt_state)
+    assert len(moments) > 4
+    for tree in (other.params, other.ema, other.averages, other.opt_state):
+        for leaf in jax.tree.leaves(tree):
+            share = leaf.nbytes // (sizes[1] if leaf.shape == (16, 8) else 1)
+            assert {s.data.nbytes for s in leaf.addressable_shards} == {share}
+
+
+def test_a_batch_in_parts_is_the_whole_batch(tmp_path):
+    whole = fit(tmp_path / "whole", settings(5, mesh=mesh(2, 2, 2), log_every=1))
+    for parts in (2, 4):
+        found = fit(
+            tmp_path / str(parts), settings(5, mesh=mesh(2, 2, 2), log_every=1, accumulate=parts)
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), whole, found
+        )
+        losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("whole", str(parts))]
+        np.testing.assert_allclose(*losses, rtol=1e-6)
+    with pytest.raises(ValueError, match="must divide the batch of 16"):
+        settings(5, accumulate=3)
 
 
 def test_signal_saves_and_the_run_goes_on(tmp_path):
     def interrupting(step):
         if step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return batch(step)
+        return toy.batch(step)
 
     with pytest.raises(Interrupted) as stopped:
-        fit(tmp_path / "cut", settings(12), interrupting)
+        fit(tmp_path / "cut", settings(12, log_every=5), interrupting)
     assert 5 <= stopped.value.step <= 7
-    same(fit(tmp_path / "cut", settings(12)), fit(tmp_path / "whole", settings(12)))
+    again = fit(tmp_path / "cut", settings(12, log_every=5))
+    same(again, fit(tmp_path / "whole", settings(12, log_every=5)))
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_stops_keeps_the_checkpoint_and_the_batch(tmp_path):
     def poisoned(step):
-        made = batch(step)
+        made = toy.batch(step)
         return made | {"y": made["y"] * np.float32("nan")} if step == 6 else made
 
-    with pytest.raises(FloatingPointError, match="at step 7"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 7; .*nonfinite-7-0\.npz"):
         fit(tmp_path, settings(12), poisoned)
+    with np.load(tmp_path / "nonfinite-7-0.npz") as kept:
+        np.testing.assert_array_equal(kept["x"], toy.batch(6)["x"])
+        assert np.isnan(kept["y"]).all()
     assert fit(tmp_path, settings(12)).step == 12
     assert np.all(np.isfinite([row["loss"] for row in rows(tmp_path)]))
 
 
+def test_hooks_have_one_signature_and_their_scalars_are_logged(tmp_path):
+    seen = []
+
+    def counts(step, state):
+        seen.append(step)
+        return {"counted": float(state.step)}
+
+    fit(tmp_path, settings(7), hooks=[(3, counts), (100, lambda step, state: None)])
+    assert seen == [3, 6, 7]
+    counted = [row for row in rows(tmp_path) if "counted" in row]
+    assert counted == [{"step": step, "counted": float(step)} for step in seen]
+
+
+def test_a_profile_of_some_steps_is_for_tensorboard(tmp_path):
+    fit(tmp_path, settings(6, profile=(2, 4)))
+    assert list((tmp_path / "tensorboard").glob("plugins/profile/*/*.xplane.pb"))
+    with pytest.raises(ValueError, match="a first and a later last step"):
+        settings(6, profile=(4, 2))
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
     fit(tmp_path, settings(4))
-    monkeypatch.setitem(globals(), "init", lambda: {"layer": {"kernel": jnp.zeros((16, 8))}})
+    monkeypatch.setattr(toy, "init", lambda: {"layer": {"kernel": jnp.zeros((16, 8))}})
     with pytest.raises(ValueError, match="another model"):
         fit(tmp_path, settings(8))
 
@@ -117,4 +128,11 @@ def test_mesh_and_tactics_are_checked():
     with pytest.raises(ValueError, match="at most one is -1"):
         make_mesh(-1, -1, 1)
     with pytest.raises(ValueError, match="allowed: replicate, fsdp, tensor"):
-        shard_tree(init(), make_mesh(), [("kernel", "fdsp")])
+        shard_tree(toy.init(), make_mesh(), [("kernel", "fdsp")])
+
+
+def test_every_line_of_the_log_says_what_a_step_did(tmp_path):
+    fit(tmp_path, settings(4))
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        known = {"step", "loss", "mae", "grad_norm", "update_norm", "images_per_second"}
+        assert set(json.loads(line)) == known

@@ -1,0 +1,40 @@
+"""`composer ema WORKDIR --length L --out DIR`: an average of another length, after training."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from composer_jax.models.files import open_tensors, read_json, write_json, write_tensors
+from composer_jax.storage.models import replacing
+from composer_jax.training.ema import reconstruct
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("workdir", type=Path, help="a run with config.ema_lengths=0.05,0.1")
+    parser.add_argument(
+        "--length", type=float, required=True, help="relative length, for example 0.08"
+    )
+    parser.add_argument("--step", type=int, help="of a snapshot; by default the newest")
+    parser.add_argument("--out", type=Path, required=True, help="the model directory to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes a model directory whose parameters are that average."""
+    step, tensors = reconstruct(args.workdir, args.length, args.step)
+    trained = args.workdir / "model"
+    info = read_json(trained / "model.json")
+    fixed = open_tensors(trained / "unet.safetensors")
+    if missing := set(tensors) - set(fixed):
+        raise ValueError(f"{trained} lacks {sorted(missing)[0]}, which the snapshots have")
+    if args.out.exists() and not (args.out / "model.json").is_file():
+        raise ValueError(f"{args.out} exists and is no model directory")
+    with replacing(args.out) as new:
+        for part in ("vae", "clip"):
+            shutil.copytree(trained / part, new / part)
+        write_tensors(new / "unet.safetensors", {**fixed, **tensors})
+        write_json(new / "model.json", {**info, "step": step, "ema_length": args.length})
+    print(f"the average of length {args.length:g} after step {step} is in {args.out}")
+    return 0

@@ -1,0 +1,118 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the progress bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from composer_jax.training.cluster import is_main
+
+# bf16 FLOP/s of one device, without sparsity, by the start of jax's device_kind
+PEAK_FLOPS = {
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+class NonFinite(FloatingPointError):
+    """The loss or the gradient of `step` is not finite."""
+
+    def __init__(self, step: int, name: str, value: float):
+        super().__init__(f"{name} is {value} at step {step}; the last checkpoint is kept")
+        self.step = step
+
+
+class Log:
+    """Metrics of steps, on the device until they are written as the mean over several steps.
+
+    `waiting`: the steps since the last line, of a checkpoint's notes. A run that was cut at any
+    step writes the lines that an uncut one writes.
+    """
+
+    def __init__(self, workdir: Path, start: int, steps: int, batch: int, waiting=()):
+        self._path, self._batch, self.flops = workdir / "metrics.jsonl", batch, 0.0
+        self._waiting: list[tuple[int, Mapping]] = [(step, row) for step, row in waiting]
+        self._timed, self._since = 0, None
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not is_main(), smoothing=0.05
+        )
+        if is_main():
+            from tensorboardX import SummaryWriter
+
+            _cut_back(self._path, start)
+            self._board = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=start + 1 if start else None
+            )
+        kind = jax.devices()[0].device_kind
+        self._peak = next((f for k, f in PEAK_FLOPS.items() if kind.startswith(k)), None)
+
+    def add(self, step: int, metrics: Mapping) -> None:
+        """Keeps the metrics of a step, which may still be computed."""
+        self._since = self._since or time.perf_counter()
+        self._waiting.append((step, metrics))
+        self._timed += 1
+        self._bar.update()
+
+    def waiting(self) -> list[tuple[int, dict[str, float]]]:
+        """The steps not yet written, as numbers; raises `NonFinite` where one is not finite."""
+        self._waiting = [(step, {k: float(v) for k, v in m.items()}) for step, m in self._waiting]
+        for step, row in self._waiting:
+            for name in ("loss", "grad_norm"):
+                if not np.isfinite(row[name]):
+                    raise NonFinite(step, name, row[name])
+        return list(self._waiting)
+
+    def write(self) -> None:
+        """Writes the mean of the waiting steps as one line."""
+        rows = [row for _, row in self.waiting()]
+        seconds = time.perf_counter() - self._since
+        mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        rate = self._batch * self._timed / seconds
+        shown = {"loss": f"{mean['loss']:.4f}", "images/s": f"{rate:.0f}"}
+        if self._peak and self.flops:
+            # the compiled program is one device's
+            mean["mfu"] = self.flops * self._timed / seconds / self._peak
+            shown["mfu"] = f"{mean['mfu']:.1%}"
+        self._bar.set_postfix(shown)
+        self.scalars(self._waiting[-1][0], {**mean, "images_per_second": rate})
+        self._waiting, self._timed, self._since = [], 0, time.perf_counter()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a line of its own, unless there is nothing to write."""
+        if values and is_main():
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Ends the progress bar and TensorBoard's file."""
+        self._bar.close()
+        if is_main():
+            self._board.close()
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Drops the lines that a restored run will write again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:  # a line half-written when the run died
+            continue
+    new = path.with_suffix(".new")
+    new.write_text("".join(kept))
+    new.replace(path)

@@ -1,0 +1,85 @@
+"""The composer's own step: the same on every mesh, whole or in parts, in bfloat16 nearly so."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from composer_jax.models.vae import PRESETS
+from composer_jax.training.composer import make_recipe
+from composer_jax.training.config import load_config
+from composer_jax.training.optimizer import make_optimizer
+from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
+from composer_jax.training.state import create_state
+from composer_jax.training.step import train_step
+
+NAMES, SIZES = ("depth", "mask", "palette"), {"text_length": 4, "text_width": 8, "embed_width": 8}
+STEPS, BATCH = 5, 16
+
+
+def recipe(dtype="float32"):
+    config = load_config("scenes64:smoke", [f"dtype={dtype}"])
+    config.model.stem_width, config.model.context_length = 16, 8
+    config.model.unet.block_out_channels = (16,)
+    config.model.unet.attention, config.model.unet.heads = (True,), (2,)
+    config.image_size = 16
+    return make_recipe(config, NAMES, SIZES, PRESETS["scenes64"], {})
+
+
+def batch(step):
+    rng = np.random.default_rng(step)
+    return {
+        "image": rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8),
+        "moments": rng.normal(size=(BATCH, 4, 4, 8)).astype(np.float16),
+        "stored": {
+            "depth": rng.integers(0, 65536, (BATCH, 16, 16), np.uint16),
+            "palette": rng.dirichlet(np.ones(156), BATCH).astype(np.float32),
+        },
+    }
+
+
+def losses(recipe, mesh, accumulate=1):
+    """Of five steps over a mesh; and the bytes that one device holds of the state, and all do."""
+    optimizer = make_optimizer(1e-3, 10, 1, 0.5, 0.0, 1.0, (0.9, 0.99))
+    create = lambda: create_state(recipe.init(), optimizer, (0.1,))  # noqa: E731
+    shardings = shard_tree(jax.eval_shape(create), mesh, (("kernel", "fsdp"),))
+    state = jax.jit(create, out_shardings=shardings)()
+    step = partial(train_step, loss=recipe.loss, optimizer=optimizer, ema_decay=0.9,
+                   accumulate=accumulate)  # fmt: skip
+    jitted = jax.jit(step, out_shardings=(shardings, None))
+    found = []
+    for at in range(STEPS):
+        state, metrics = jitted(
+            state, jax.device_put(batch(at), batch_sharding(mesh)), np.uint32(0)
+        )
+        found.append([float(metrics[key]) for key in ("loss", "grad_norm", "update_norm")])
+    leaves = jax.tree.leaves(state)
+    mine = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    return np.asarray(found), mine, sum(leaf.nbytes for leaf in leaves)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return losses(recipe(), make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_a_mesh_gives_the_losses_of_one_device_and_splits_the_state(one, sizes):
+    found, mine, every = losses(recipe(), make_mesh(*sizes))
+    np.testing.assert_allclose(found, one[0], rtol=1e-5)
+    assert every == one[2]
+    assert mine < 1.25 * every / sizes[1]  # norms and biases stay whole
+
+
+def test_parts_of_a_batch_give_the_losses_of_the_whole(one):
+    found, *_ = losses(recipe(), make_mesh(2, 2, 2), accumulate=2)
+    np.testing.assert_allclose(found, one[0], rtol=1e-5)
+    np.testing.assert_allclose(found[0], one[0][0], rtol=1e-6)
+
+
+def test_bfloat16_computes_nearly_the_same_and_keeps_its_state_in_float32(one):
+    half = recipe("bfloat16")
+    found, _, every = losses(half, make_mesh(devices=jax.devices()[:1]))
+    np.testing.assert_allclose(found[:, 0], one[0][:, 0], rtol=2e-2)
+    assert not np.array_equal(found, one[0]) and every == one[2]

@@ -1,0 +1,86 @@
+"""Averages by power functions: against the sum they stand for, and of any length afterwards."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from composer_jax.cli import main
+from composer_jax.models.files import module_tensors, open_tensors
+from composer_jax.storage.models import load_model
+from composer_jax.training.ema import average, gamma_of, weights
+
+
+def profile(steps: int, length: float) -> np.ndarray:
+    """The weight of every step's parameters in the average after the last, from its recursion."""
+    found = np.zeros(steps)
+    for step in range(1, steps + 1):
+        beta = (1.0 - 1.0 / step) ** (gamma_of(length) + 1.0)
+        found *= beta
+        found[step - 1] += 1.0 - beta
+    return found
+
+
+def test_the_exponents_that_the_paper_names():
+    # arXiv 2312.02696, section 3.1: lengths of 5 % and 10 %
+    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.01)
+    assert gamma_of(0.10) == pytest.approx(6.94, abs=0.01)
+    for length in (0.0, -0.1, 0.3):
+        with pytest.raises(ValueError, match="above 0 and at most"):
+            gamma_of(length)
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.2])
+def test_an_average_has_the_length_that_it_is_named_by(length):
+    steps = 4000
+    weight = profile(steps, length)
+    t = (np.arange(steps) + 0.5) / steps
+    mean = np.sum(weight * t)
+    assert weight.sum() == pytest.approx(1.0)
+    assert np.sqrt(np.sum(weight * (t - mean) ** 2)) == pytest.approx(length, rel=2e-3)
+
+
+def test_the_steps_average_is_the_recursion():
+    numbers, ema = np.random.default_rng(0).normal(size=50), jnp.zeros(())
+    for step, number in enumerate(numbers, 1):
+        ema = average(ema, jnp.asarray(number, jnp.float32), jnp.asarray(step), 0.1)
+    np.testing.assert_allclose(ema, np.sum(profile(50, 0.1) * numbers), rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [0.03, 0.08, 0.15, 0.2])
+def test_any_length_comes_out_of_two(length):
+    steps, every = 4096, 128
+    at = [step for step in range(every, steps + 1, every) for _ in (0, 1)]
+    lengths = [0.05, 0.1] * (steps // every)
+    factors = weights(at, lengths, steps, length)
+    found = np.zeros(steps)
+    for factor, step, each in zip(factors, at, lengths, strict=True):
+        found[:step] += factor * profile(step, each)
+    wanted = profile(steps, length)
+    assert found.sum() == pytest.approx(1.0, abs=1e-2)
+    assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
+def test_a_length_that_was_kept_is_itself():
+    factors = weights([100, 100, 200, 200], [0.05, 0.1, 0.05, 0.1], 200, 0.1)
+    np.testing.assert_allclose(factors, [0, 0, 0, 1], atol=1e-6)
+
+
+def test_a_run_gives_models_of_other_lengths(run, tmp_path, capsys):
+    out = tmp_path / "other"
+    kept = sorted(path.name for path in (run / "ema").glob("*"))
+    assert kept == ["00000004-0.05.safetensors", "00000004-0.1.safetensors"]
+    assert main(["ema", str(run), "--length", "0.1", "--out", str(out)]) == 0
+    composer = module_tensors(load_model(out).composer)
+    wanted = open_tensors(run / "ema" / "00000004-0.1.safetensors")
+    assert set(composer) - set(wanted) == {"absent.caption.tokens", "absent.caption.vector"}
+    for name, tensor in wanted.items():
+        np.testing.assert_allclose(composer[name].read(), tensor.read(), rtol=1e-3, atol=1e-5)
+    capsys.readouterr()
+    for options, message in [
+        (["--length", "0.5"], "EMA length 0.5; above 0 and at most 0.28"),
+        (["--length", "0.1", "--step", "3"], "has snapshots of steps [4]; 3 is none"),
+    ]:
+        assert main(["ema", str(run), *options, "--out", str(tmp_path / "no")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert main(["ema", str(out), "--length", "0.1", "--out", str(tmp_path / "no")]) == 2
+    assert "holds no snapshot of averages" in capsys.readouterr().err
