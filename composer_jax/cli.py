@@ -15,6 +15,7 @@ from pathlib import Path
 COMMANDS = {
     "quickstart": "the whole way in minutes, on CPU, ending in a report",
     "decompose": "take images apart into their conditions",
+    "prepare": "take a whole source apart once, into a cache that train reads",
     "train": "train a composer, or its codec, CLIP or depth regressor",
     "ema": "average a run's parameters over any length, afterwards",
     "convert": "bring Stable Diffusion, CLIP and depth weights in, take networks to diffusers",

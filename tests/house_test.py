@@ -22,6 +22,8 @@ LAZY = {
     "transformers": {"models/clip.py"},
     "cv2": {"conditions", "data"},
     "tensorflow": {"data"},
+    "tensorflow_datasets": {"data"},
+    "array_record": {"data"},
     "h5py": {"models/hed.py"},
     "huggingface_hub": {"models/hub.py"},
     "safetensors": {"models/files.py"},

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from composer_jax import conditions
 from composer_jax.commands.pictures import grid, save_png
 from composer_jax.data.sources import open_source
+from composer_jax.data.stream import Caches, is_cache
 from composer_jax.diffusion import Use
 from composer_jax.training.cluster import gather, is_main, join, main_first
 from composer_jax.training.config import keep_config, load_config
@@ -69,7 +70,10 @@ def train(config: ConfigDict, workdir: Path) -> Task:
 
     Raises ValueError for a config that cannot be run, `Interrupted` after a signal.
     """
-    source = open_source(config.source, size=config.image_size, seed=config.seed)
+    if is_cache(config.source):
+        source = Caches(config.source, size=config.image_size)
+    else:
+        source = open_source(config.source, size=config.image_size, seed=config.seed)
     settings = Settings(
         steps=config.steps,
         batch=config.batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from pathlib import Path
@@ -21,7 +22,15 @@ def load_image(source) -> np.ndarray:
     Raises ValueError, one line naming the file, where it is missing, no image, broken, or larger
     than 100 megapixels (refused before it is decoded).
     """
-    image_HxWxC = load_rgba(source)
+    return _on_white(load_rgba(source))
+
+
+def decode_image(content: bytes, name: str) -> np.ndarray:
+    """An image file's bytes as `load_image` gives it; `name` is for errors, which are the same."""
+    return _on_white(_decode(io.BytesIO(content), name))
+
+
+def _on_white(image_HxWxC: np.ndarray) -> np.ndarray:
     if image_HxWxC.shape[2] == 3:
         return image_HxWxC
     alpha_HxWx1 = image_HxWxC[..., 3:].astype(np.uint32)
@@ -35,7 +44,7 @@ def load_rgba(source) -> np.ndarray:
     Takes and raises what `load_image` does.
     """
     if isinstance(source, str | os.PathLike):
-        return _decode(Path(source))
+        return _decode(_existing(Path(source)), str(source))
     return _from_array(np.asarray(source), "the image")
 
 
@@ -57,16 +66,17 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _decode(path: Path) -> np.ndarray:
+def _decode(file, path: str) -> np.ndarray:
+    """Decodes a path or a stream, which errors call `path`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(_existing(path)) as image:
+        with Image.open(file) as image:
             _check_size(path, image.width * image.height, f"{image.width} x {image.height} px")
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":
-                return _from_array(_as_uint16(np.asarray(image)), str(path))
+                return _from_array(_as_uint16(np.asarray(image)), path)
             clear = "A" in image.getbands() or "a" in image.getbands()
             clear = clear or "transparency" in image.info
             return np.array(image.convert("RGBA" if clear else "RGB"))
@@ -76,14 +86,14 @@ def _decode(path: Path) -> np.ndarray:
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image (PNG, JPEG, WebP and others are)") from error
     except ValueError as error:
-        if str(path) in str(error):
+        if path in str(error):
             raise
         raise ValueError(f"{path} is broken: {error}") from error
     except Exception as error:  # decoders raise whatever they like on bad bytes
         raise ValueError(f"{path} is broken: {str(error) or type(error).__name__}") from error
 
 
-def _check_size(path: Path, pixels: int, size: str) -> None:
+def _check_size(path: str, pixels: int, size: str) -> None:
     if pixels > MAX_PIXELS:
         raise ValueError(f"{path} is too large ({size}); at most {MAX_PIXELS // 10**6} megapixels")
 

@@ -1,11 +1,17 @@
-"""A source taken apart once: images, latents and every condition's stored value, kept on disk."""
+"""A source taken apart once: images, latents and every condition's stored value, kept on disk.
+
+What trains directly from a small source keeps a pool of plain arrays; `composer prepare` writes a
+cache (`data/cache.py`) of any size. Both take chunks apart here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ from composer_jax.conditions import Feature
 from composer_jax.data.sources import Source
 
 CHUNK = 64
+Encoders = Mapping[str, Callable[[np.ndarray, dict], np.ndarray]]
 
 
 def arrays_of(name: str, stored) -> Any:
@@ -42,11 +49,59 @@ def available(source: Source, tools: Mapping[str, Any]) -> dict[str, str | None]
     return reasons
 
 
+def chunks(
+    source: Source,
+    indices: Sequence[int],
+    names: Sequence[str],
+    tools: Mapping[str, Any],
+    encoders: Encoders,
+    seconds: dict[str, float],
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Takes examples apart, a chunk at a time: (images asked for, tree of what was found).
+
+    The tree holds `image`, `stored` (a dict by condition, for the cached of `names`) and the result
+    of each of `encoders`. The next chunk is read while conditions of this one are taken, each in a
+    thread of its own. `seconds` gets the time of every stage.
+    """
+
+    def timed(stage: str, function: Callable, *args):
+        start = time.perf_counter()
+        result = function(*args)
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+        return result
+
+    def stages(example: dict) -> dict[str, Callable[[], Any]]:
+        images, given = example["image"], example["given"]
+        cached = [conditions.get(name) for name in names if conditions.get(name).cached]
+        return {
+            **{c.name: lambda c=c: c.extract(images, given, tools.get(c.tool)) for c in cached},
+            **{key: lambda f=f: f(images, given) for key, f in encoders.items()},
+        }
+
+    parts = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor() as workers:
+        coming = [reader.submit(timed, "read", source.batch, part) for part in parts[:2]]
+        for number, part in enumerate(parts):
+            example = coming.pop(0).result()
+            if number + 2 < len(parts):
+                coming.append(reader.submit(timed, "read", source.batch, parts[number + 2]))
+            if len(example["image"]):
+                made = {
+                    stage: workers.submit(timed, stage, function)
+                    for stage, function in stages(example).items()
+                }
+                found = {stage: future.result() for stage, future in made.items()}
+                tree = {key: found.pop(key) for key in encoders}
+                yield len(part), {"image": example["image"], "stored": found, **tree}
+            else:
+                yield len(part), {}
+
+
 def prepare(
     source: Source,
     names: Sequence[str],
     tools: Mapping[str, Any],
-    encoders: Mapping[str, Callable[[np.ndarray, dict], np.ndarray]],
+    encoders: Encoders,
     folder: Path,
     made_by: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -67,29 +122,18 @@ def prepare(
 
 
 def _write(source, names, tools, encoders, folder: Path, key: str) -> None:
-    chunks: list[dict] = []
+    flat: list[dict] = []
     with tqdm(total=len(source), unit="image", desc="prepare") as bar:
-        for start in range(0, len(source), CHUNK):
-            indices = np.arange(start, min(start + CHUNK, len(source)))
-            example = source.batch(indices)
-            bar.update(len(indices))
-            if len(example["image"]) == 0:
-                continue
-            stored = {}
-            for name in names:
-                condition = conditions.get(name)
-                if condition.cached:
-                    tool = tools.get(condition.tool)
-                    value = condition.extract(example["image"], example["given"], tool)
-                    stored[name] = arrays_of(name, value)
-            made = {k: encode(example["image"], example["given"]) for k, encode in encoders.items()}
-            chunks.append({"image": example["image"], "stored": stored, **made})
-    if not chunks:
+        for asked, tree in chunks(source, range(len(source)), names, tools, encoders, {}):
+            bar.update(asked)
+            if tree:
+                stored = {name: arrays_of(name, value) for name, value in tree["stored"].items()}
+                flat.append(dict(_flatten({**tree, "stored": stored})))
+    if not flat:
         raise ValueError(f"{source.name}: no usable image")
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    flat = [dict(_flatten(chunk)) for chunk in chunks]
     for path in flat[0]:
         np.save(new / f"{path}.npy", np.concatenate([chunk[path] for chunk in flat]))
     (new / "made_by.json").write_text(key)

@@ -6,7 +6,10 @@ import abc
 import csv
 import json
 import logging
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,9 @@ from composer_jax.conditions.base import meant
 from composer_jax.conditions.image import load_image
 
 log = logging.getLogger("composer_jax")
+TOLD = 20  # skipped images that the log names
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-KINDS = ("scenes", "folder")
+KINDS = ("scenes", "folder", "tar", "tfds", "cache")
 
 
 class Source(abc.ABC):
@@ -37,11 +41,32 @@ class Source(abc.ABC):
         """
 
 
-def open_source(text: str, *, size: int, seed: int = 0, split: str = "train") -> Source:
-    """Opens "scenes", "scenes:COUNT" or "folder:PATH".
+@dataclass(frozen=True)
+class Crop:
+    """How an image becomes a square: by its centre, or at random; `flip`: every other mirrored.
 
-    `split` "test" gives scenes of other seeds; a folder has one split. Raises ValueError, one line,
-    for another kind, a count that is none, a missing or empty folder.
+    What is drawn is a function of `seed` and the image's index.
+    """
+
+    random: bool = False
+    flip: bool = False
+    seed: int = 0
+
+    def __call__(self, image: np.ndarray, size: int, index: int) -> np.ndarray:
+        """uint8 [H, W, 3] to [size, size, 3]."""
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, index]))
+        where, mirrored = rng.random(), rng.random() < 0.5
+        image = square(image, size, where if self.random else 0.5)
+        return np.ascontiguousarray(image[:, ::-1]) if self.flip and mirrored else image
+
+
+def open_source(
+    text: str, *, size: int, seed: int = 0, split: str = "train", crop: Crop | None = None
+) -> Source:
+    """Opens "scenes[:COUNT]", "folder:PATH", "tar:GLOB" or "tfds:NAME[:split]".
+
+    `split` "test" gives scenes of other seeds; other sources have one. `crop`: by default the
+    centre. Raises ValueError, one line, for another kind, or one that cannot be opened.
     """
     kind, _, rest = text.partition(":")
     if kind == "scenes":
@@ -49,32 +74,87 @@ def open_source(text: str, *, size: int, seed: int = 0, split: str = "train") ->
 
         if rest and not (rest.isdigit() and int(rest) > 0):
             raise ValueError(f"source {text!r}: scenes:COUNT takes a positive whole number")
+        if crop and (crop.random or crop.flip):
+            raise ValueError("scenes are not cropped or flipped: each is another already, and "
+                             "captions say left and right")  # fmt: skip
         return Scenes(int(rest or 12000), size=size, seed=seed, split=split)
+    crop = crop or Crop()
     if kind == "folder":
-        return Folder(Path(rest), size=size)
-    allowed = "scenes, scenes:COUNT, folder:PATH"
+        return Folder(Path(rest), size=size, crop=crop)
+    if kind == "tar":
+        from composer_jax.data.archives import Tars
+
+        return Tars(rest, size=size, crop=crop)
+    if kind == "tfds":
+        from composer_jax.data.archives import Tfds
+
+        return Tfds(rest, size=size, crop=crop)
+    allowed = "scenes, scenes:COUNT, folder:PATH, tar:GLOB, tfds:NAME; for training cache:DIR"
     raise ValueError(f"no source {text!r}{meant(kind, KINDS)}; allowed: {allowed}")
 
 
-class Folder(Source):
-    """All images under a folder, cropped to squares; captions from files beside them.
+class Images(Source):
+    """Images of anybody's, cropped to squares, with a caption each.
 
-    Captions: `metadata.jsonl` or `metadata.csv` with `file_name` and `text`, or a .txt beside an
-    image; else empty. An image that cannot be read is skipped: `skipped` maps its path to the
-    reason, and the log names it once.
+    One that cannot be read is skipped: `skipped` maps its name to the reason, and the log names the
+    first few.
     """
 
-    def __init__(self, folder: Path, *, size: int):
+    def __init__(self, name: str, size: int, crop: Crop):
+        self.name, self.size, self.crop = name, size, crop
+        self.skipped: dict[str, str] = {}
+
+    @abc.abstractmethod
+    def label(self, index: int) -> str:
+        """What a person calls that image."""
+
+    @abc.abstractmethod
+    def load(self, index: int) -> tuple[np.ndarray, str]:
+        """uint8 [H, W, 3] and caption; raises ValueError where it cannot be read."""
+
+    def batch(self, indices: Sequence[int]) -> dict:
+        """Images and captions of those that can be read; decoders run side by side."""
+
+        def one(index: int):
+            try:
+                image, caption = self.load(index)
+            except ValueError as error:
+                return str(error)
+            return self.crop(image, self.size, index), caption
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(pool.map(one, map(int, indices)))
+        for index, each in zip(indices, found, strict=True):
+            if isinstance(each, str) and self.label(index) not in self.skipped:
+                self.skipped[self.label(index)] = each
+                if len(self.skipped) <= TOLD:
+                    log.warning("skipped %s", each)
+                if len(self.skipped) == TOLD:
+                    log.warning("further images that are skipped are counted, not named here")
+        good = [each for each in found if not isinstance(each, str)]
+        shape = (len(good), self.size, self.size, 3)
+        images = np.stack([image for image, _ in good]) if good else np.zeros(shape, np.uint8)
+        return {"image": images, "given": {"caption": [caption for _, caption in good]}}
+
+
+class Folder(Images):
+    """All images under a folder; captions from files beside them.
+
+    Captions: `metadata.jsonl` or `metadata.csv` with `file_name` and `text`, or a .txt beside an
+    image; else empty.
+    """
+
+    def __init__(self, folder: Path, *, size: int, crop: Crop = Crop()):
         if not folder.is_dir():
             raise ValueError(f"source folder {folder} does not exist or is no folder")
-        self.name, self.size, self.folder = f"folder:{folder}", size, folder
+        super().__init__(f"folder:{folder}", size, crop)
+        self.folder = folder
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise ValueError(
                 f"source folder {folder} holds no image ({', '.join(sorted(SUFFIXES))})"
             )
         self._captions = _metadata(folder)
-        self.skipped: dict[Path, str] = {}
         known = {p.relative_to(folder).as_posix() for p in self.paths}
         for name in self._captions.keys() - known:
             log.warning("%s names %s, which is not there", folder, name)
@@ -82,37 +162,29 @@ class Folder(Source):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def batch(self, indices: Sequence[int]) -> dict:
-        """Images and captions of those that can be read."""
-        images, captions = [], []
-        for path in (self.paths[i] for i in indices):
-            try:
-                images.append(square(load_image(path), self.size))
-            except ValueError as error:
-                if path not in self.skipped:
-                    self.skipped[path] = str(error)
-                    log.warning("skipped %s (%d so far)", error, len(self.skipped))
-                continue
-            captions.append(self._caption(path))
-        shape = (len(images), self.size, self.size, 3)
-        stacked = np.stack(images) if images else np.zeros(shape, np.uint8)
-        return {"image": stacked, "given": {"caption": captions}}
+    def label(self, index: int) -> str:
+        """Its path in the folder."""
+        return self.paths[index].relative_to(self.folder).as_posix()
 
-    def _caption(self, path: Path) -> str:
-        name = path.relative_to(self.folder).as_posix()
-        beside = path.with_suffix(".txt")
+    def load(self, index: int) -> tuple[np.ndarray, str]:
+        """Image and caption; raises ValueError for a broken file."""
+        path, name = self.paths[index], self.label(index)
+        image, beside = load_image(path), path.with_suffix(".txt")
         if name in self._captions:
-            return self._captions[name]
-        return beside.read_text(errors="replace").strip() if beside.is_file() else ""
+            return image, self._captions[name]
+        return image, beside.read_text(errors="replace").strip() if beside.is_file() else ""
 
 
-def square(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre square of uint8 [H, W, 3], resized to [size, size, 3] with antialiasing."""
+def square(image: np.ndarray, size: int, where: float = 0.5) -> np.ndarray:
+    """A square of uint8 [H, W, 3], resized to [size, size, 3] with antialiasing.
+
+    `where` it lies along the longer side, 0 to 1; 0.5 is the centre.
+    """
     from PIL import Image
 
     height, width, _ = image.shape
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top, left = int((height - side) * where), int((width - side) * where)
     crop = Image.fromarray(image[top : top + side, left : left + side])
     return np.asarray(crop.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0))
 

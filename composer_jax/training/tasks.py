@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ import numpy as np
 from flax import nnx
 
 from composer_jax import conditions
+from composer_jax.data.extractors import load_extractors
 from composer_jax.data.pipeline import batches
-from composer_jax.data.prepare import available, fingerprint, prepare
+from composer_jax.data.prepare import prepare
 from composer_jax.data.sources import Source
-from composer_jax.data.tools import load_tools
+from composer_jax.data.stream import Caches
 from composer_jax.models.blocks import Keys, abstract
-from composer_jax.models.clip import Clip, small_clip
+from composer_jax.models.clip import small_clip
 from composer_jax.models.detectors import DepthConfig, DepthRegressor, depth_loss
 from composer_jax.models.files import Tensor, module_tensors
 from composer_jax.models.vae import VAE, VAEConfig, codec_loss, pca_skip, standardised
-from composer_jax.storage.models import clip_source, load_codec, replacing, save_model, save_part
+from composer_jax.storage.models import replacing, save_model, save_part
 from composer_jax.training.cluster import share
 from composer_jax.training.composer import make_recipe
 from composer_jax.training.sharding import make_mesh
@@ -49,7 +50,7 @@ class Task:
     tensors: Callable[[Any], dict[str, Tensor]] | None = None
 
 
-def make_task(config, source: Source, workdir: Path) -> Task:
+def make_task(config, source: Source | Caches, workdir: Path) -> Task:
     """The task that `config.task` names, on a source. Raises ValueError for an unknown one."""
     tasks = {
         "codec": codec_task,
@@ -62,10 +63,39 @@ def make_task(config, source: Source, workdir: Path) -> Task:
     return tasks[config.task](config, source, workdir)
 
 
-def _batches(config, rows) -> Callable[[int], Any]:
-    """This process's part of each batch, by the rows that its devices take."""
+def _data(
+    config,
+    source: Source | Caches,
+    workdir: Path,
+    take: Callable[[Mapping], dict],
+    names: Sequence[str] = (),
+    tools: Mapping[str, Any] = {},
+    encoders: Encoders = {},  # noqa: B006
+    made_by: Mapping[str, Any] = {},
+    shown: int = 8,
+) -> tuple[Mapping[str, Any], Callable[[int], Any]]:
+    """Examples (all of a source's, the first `shown` of a cache), and this process's batches.
+
+    `take`: what of an example goes into a batch.
+    """
     part = share(make_mesh(**config.mesh), config.batch)
-    return batches(rows, config.batch, config.seed, part)
+    if isinstance(source, Caches):
+        source.check(names, made_by)
+        read = source.batches(config.batch, config.seed, part)
+        return source.examples(range(min(shown, len(source)))), lambda step: take(read(step))
+    pool = prepare(source, names, tools, encoders, workdir / "pool", made_by)
+    return pool, batches(take(pool), config.batch, config.seed, part)
+
+
+def _stored(names: Sequence[str], *more: str) -> Callable[[Mapping], dict]:
+    """A function that takes the image, `more`, and what is stored of conditions out of a tree."""
+    cached = [name for name in names if conditions.get(name).cached]
+
+    def take(tree: Mapping) -> dict:
+        stored = {name: tree["stored"][name] for name in cached}
+        return {**{key: tree[key] for key in ("image", *more)}, "stored": stored}
+
+    return take
 
 
 def to_unit(images: jax.Array) -> jax.Array:
@@ -73,9 +103,10 @@ def to_unit(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def codec_task(config, source: Source, workdir: Path) -> Task:
+def codec_task(config, source: Source | Caches, workdir: Path) -> Task:
     """An autoencoder on images alone; exports it standardised by its own latents."""
-    pool = prepare(source, (), {}, {}, workdir / "pool", {})
+    take = lambda tree: {"image": tree["image"]}  # noqa: E731
+    pool, rows = _data(config, source, workdir, take, shown=1024)
     vae_config = VAEConfig.from_dict(config.model.to_dict())
     dtype = jnp.dtype(config.dtype)
 
@@ -100,17 +131,18 @@ def codec_task(config, source: Source, workdir: Path) -> Task:
         vae.config = standardised(vae_config, moments)
         save_part(workdir / "model" / "vae", vae)
 
-    images = {"image": pool["image"]}
-    return Task(lambda: start, loss, _batches(config, images), export, pool)
+    return Task(lambda: start, loss, rows, export, pool)
 
 
-def clip_task(config, source: Source, workdir: Path) -> Task:
+def clip_task(config, source: Source | Caches, workdir: Path) -> Task:
     """A small CLIP of its own vocabulary on image-caption pairs (arXiv 2103.00020).
 
     Its loss compares all examples of a batch, which cannot be taken in parts.
     """
     if config.accumulate > 1:
         raise ValueError("accumulate is 1 for task clip: its loss compares all of a batch")
+    if isinstance(source, Caches):
+        raise ValueError("task clip trains from scenes or images with captions, not from a cache")
     captions = [
         text
         for start in range(0, min(len(source), 4096), 64)
@@ -118,7 +150,9 @@ def clip_task(config, source: Source, workdir: Path) -> Task:
     ]
     clip = small_clip(captions, image_size=source.size, seed=config.seed)
     encoders = {"ids": lambda images, given: clip.tokenize(given["caption"])}
-    pool = prepare(source, (), {}, encoders, workdir / "pool", {"seed": config.seed})
+    take = lambda tree: {key: tree[key] for key in ("image", "ids")}  # noqa: E731
+    made_by = {"seed": config.seed}
+    pool, rows = _data(config, source, workdir, take, encoders=encoders, made_by=made_by)
 
     def loss(params, batch, keys):
         del keys
@@ -128,13 +162,12 @@ def clip_task(config, source: Source, workdir: Path) -> Task:
         del step
         clip.with_params(params).save(workdir / "model" / "clip")
 
-    rows = {"image": pool["image"], "ids": pool["ids"]}
-    return Task(lambda: clip.params, loss, _batches(config, rows), export, pool)
+    return Task(lambda: clip.params, loss, rows, export, pool)
 
 
-def depth_task(config, source: Source, workdir: Path) -> Task:
+def depth_task(config, source: Source | Caches, workdir: Path) -> Task:
     """A depth regressor on images whose depth the source knows; it measures samples."""
-    pool = prepare(source, ("depth",), {}, {}, workdir / "pool", {})
+    pool, rows = _data(config, source, workdir, _stored(("depth",)), ("depth",))
     model_config, depth = DepthConfig.from_dict(config.model.to_dict()), conditions.get("depth")
 
     def create() -> DepthRegressor:
@@ -152,37 +185,25 @@ def depth_task(config, source: Source, workdir: Path) -> Task:
         regressor = nnx.merge(graph, params)
         save_part(workdir / "model" / "depth", regressor, "float16")
 
-    rows = _batches(config, pool)
     return Task(lambda: nnx.state(create()), loss, rows, export, pool)
 
 
-def composer_task(config, source: Source, workdir: Path) -> Task:
+def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
     """The composer on latents of a fixed codec and embeddings of a fixed CLIP."""
-    vae = load_codec(config.codec)
-    clip_text = {"skip": config.clip_text.skip, "pad": config.clip_text.pad or None}
-    clip = Clip.load(clip_source(config.clip), **clip_text)
-    tools = {"clip": clip, **load_tools(**config.tools)}
-    if source.size % vae.factor:
-        raise ValueError(f"image size {source.size} is not a multiple of the codec's {vae.factor}")
-    names = _conditions(config, source, tools)
+    extractors = load_extractors(config)
+    vae, clip, tools = extractors.vae, extractors.clip, extractors.tools
+    names = extractors.conditions(config.conditions, source)
     recipe = make_recipe(config, names, clip.sizes, vae.config, _absent(names, tools))
-    encode = nnx.jit(lambda vae, images: vae.encode(to_unit(images)))
-
-    def moments(images, given):
-        del given
-        padded = np.concatenate([images, images[:1].repeat(-len(images) % 64, axis=0)])
-        return np.asarray(encode(vae, jnp.asarray(padded)))[: len(images)].astype(np.float16)
-
-    made_by = {"vae": fingerprint(nnx.state(vae)), "clip": fingerprint(clip.params)}
-    made_by |= {"tools": config.tools.to_dict()}
-    pool = prepare(source, names, tools, {"moments": moments}, workdir / "pool", made_by)
+    made_by, encoders = extractors.made_by, extractors.encoders
+    take = _stored(names, "moments")
+    pool, rows = _data(config, source, workdir, take, names, tools, encoders, made_by)
 
     info = {
         "process": recipe.process.to_dict(),
         "image_size": source.size,
         "sampler": config.sampler.to_dict(),
         "source": source.name,
-        "clip_text": clip_text,
+        "clip_text": dict(extractors.clip_text),
     }
 
     def export(params, step: int) -> None:
@@ -198,21 +219,7 @@ def composer_task(config, source: Source, workdir: Path) -> Task:
         every = module_tensors(recipe.composer(params))
         return {name: t for name, t in every.items() if not name.startswith("absent.")}
 
-    rows = _batches(config, pool)
     return Task(recipe.init, recipe.loss, rows, export, pool, recipe.start, tensors)
-
-
-def _conditions(config, source: Source, tools: Mapping[str, Any]) -> tuple[str, ...]:
-    """The config's conditions, or all that this source and these tools can give."""
-    if config.conditions:
-        for name in config.conditions:
-            conditions.get(name)
-        return tuple(config.conditions)
-    reasons = available(source, tools)
-    for name, reason in reasons.items():
-        if reason:
-            log.warning("trained without %s: %s", name, reason)
-    return tuple(name for name, reason in reasons.items() if reason is None)
 
 
 def _absent(names, tools: Mapping[str, Any]) -> dict:

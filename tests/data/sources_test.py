@@ -27,7 +27,7 @@ def test_folder_skips_and_names_what_is_broken(folder, caplog):
     batch = source.batch(range(len(source)))
     assert batch["image"].shape == (2, 32, 32, 3)
     assert batch["given"]["caption"] == ["", "a cup of coffee"]
-    assert {path.name for path in source.skipped} == {"c.png", "d.jpg"}
+    assert set(source.skipped) == {"c.png", "d.jpg"}
     assert "c.png" in caplog.text and "d.jpg" in caplog.text
     source.batch(range(len(source)))
     assert caplog.text.count("d.jpg") == 1

@@ -1,0 +1,152 @@
+"""composer prepare: killed, shared and handed broken files, it ends in the same dataset."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from composer_jax.cli import main
+from composer_jax.commands.prepare import share
+from composer_jax.data.stream import Caches
+
+ONLY = "--config.conditions=palette,caption"
+
+
+def prepare(source, out, *options):
+    return main(["prepare", str(source), "--out", str(out), ONLY, "--shard-size", "8", *options])
+
+
+def whole(folder):
+    """Every example of a finished cache."""
+    cache = Caches(f"cache:{folder}")
+    return cache.examples(range(len(cache)))
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, whole(a), whole(b))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Forty images, and six kinds of files that are none."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        image = rng.integers(0, 256, (70 + i, 64, 3), np.uint8)
+        Image.fromarray(image).save(folder / f"{i:03d}.{'png' if i % 2 else 'jpg'}")
+        (folder / f"{i:03d}.txt").write_text(f"image {i}")
+    content = (folder / "000.jpg").read_bytes()
+    (folder / "empty.png").touch()
+    (folder / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (folder / "words.png").write_text("no image")
+    flipped = bytearray((folder / "001.png").read_bytes())
+    flipped[len(flipped) // 2] ^= 0xFF
+    (folder / "flipped.png").write_bytes(flipped)
+    (folder / "a folder.jpg").mkdir()
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cache") / "whole"
+    assert prepare(f"folder:{photos}", out) == 0
+    return out
+
+
+def test_broken_files_are_skipped_and_named(photos, prepared):
+    skipped = [json.loads(line) for line in (prepared / "skipped.jsonl").read_text().splitlines()]
+    names = {"empty.png", "cut.jpg", "words.png", "flipped.png", "a folder.jpg", "huge.png"}
+    assert {one["name"] for one in skipped} == names and all(one["reason"] for one in skipped)
+    assert len(whole(prepared)["image"]) == 40
+
+
+def test_processes_share_the_work_and_end_in_one_dataset(photos, prepared, tmp_path, capsys):
+    for index, told in ((1, "are still missing"), (2, "still missing"), (0, "40 examples")):
+        known = {"COMPOSER_PROCESS": str(index), "COMPOSER_PROCESSES": "3"}
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in known.items():
+                patch.setenv(key, value)
+            assert prepare(f"folder:{photos}", tmp_path / "shared") == 0
+        assert told in capsys.readouterr().out
+    same(tmp_path / "shared", prepared)
+
+
+def test_kills_lose_only_the_shards_in_flight(photos, prepared, tmp_path):
+    out = tmp_path / "killed"
+    code = "import sys; from composer_jax.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "prepare", f"folder:{photos}", ONLY,
+               "--shard-size", "8", "--out", str(out)]  # fmt: skip
+    for shards in (1, 3):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(list((out / "shards").glob("*.json"))) < shards and child.poll() is None:
+            time.sleep(0.001)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        kept = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("*.json")}
+        assert len(kept) >= shards
+    assert prepare(f"folder:{photos}", out) == 0
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    same(out, prepared)
+
+
+def test_a_shard_of_broken_files_alone_is_no_trouble(photos, tmp_path, capsys):
+    only = tmp_path / "only"
+    only.mkdir()
+    for i in range(9):
+        (only / f"{i}.png").touch()
+    os.link(photos / "001.png", only / "z.png")
+    assert prepare(f"folder:{only}", tmp_path / "out") == 0
+    assert "1 examples in 2 shards; skipped 9" in capsys.readouterr().out
+    assert len(whole(tmp_path / "out")["image"]) == 1
+    at = Caches(f"cache:{tmp_path / 'out'}").batches(4, 0)
+    assert at(0)["image"].shape == (4, 64, 64, 3)
+
+
+def test_wrong_use_ends_in_one_line(photos, prepared, tmp_path, capsys):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "a.txt").touch()
+    for words, message in [
+        (["folder:nowhere", "--out", tmp_path / "no"], "nowhere does not exist"),
+        (["scene:9", "--out", tmp_path / "no"], "did you mean 'scenes'"),
+        (["scenes:9", "--flip", "--out", tmp_path / "no"], "captions say left and right"),
+        (["scenes:9", "--config", "scenes64_clip", "--out", tmp_path / "no"], "trains no composer"),
+        (["scenes:9", "--shard-size", "0", "--out", tmp_path / "no"], "--shard-size 0: at least 1"),
+        (["scenes:9", ONLY, "--out", full], "exists and is no cache"),
+        ([f"folder:{photos}", ONLY, "--out", prepared], "was made with shard_size = 8, now"),
+        ([f"folder:{photos}", ONLY, "--crop", "random", "--shard-size", "8", "--out", prepared],
+         "was made with crop = 'centre', now it is 'random'"),
+    ]:  # fmt: skip
+        assert main(["prepare", *map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and not (tmp_path / "no").exists(), error
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, (0, 1)),
+        ({"COMPOSER_PROCESS": "2", "COMPOSER_PROCESSES": "3"}, (2, 3)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4",
+          "SLURM_ARRAY_TASK_MIN": "5"}, (2, 4)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
+        ({"JOB_COMPLETION_INDEX": "0", "COMPOSER_PROCESSES": "8"}, (0, 8)),
+    ],
+)  # fmt: skip
+def test_every_launcher_tells_its_share(environment, wanted):
+    assert share(environment) == wanted
+
+
+def test_half_a_share_is_refused():
+    with pytest.raises(ValueError, match="COMPOSER_PROCESS is '1', COMPOSER_PROCESSES is ''"):
+        share({"COMPOSER_PROCESS": "1"})
+    with pytest.raises(ValueError, match="0 to 2 is wanted"):
+        share({"COMPOSER_PROCESS": "3", "COMPOSER_PROCESSES": "3"})
