@@ -193,7 +193,7 @@ def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
     extractors = load_extractors(config)
     vae, clip, tools = extractors.vae, extractors.clip, extractors.tools
     names = extractors.conditions(config.conditions, source)
-    recipe = make_recipe(config, names, clip.sizes, vae.config, _absent(names, tools))
+    recipe = make_recipe(config, names, clip.sizes, vae.config, absent_values(names, tools))
     made_by, encoders = extractors.made_by, extractors.encoders
     take = _stored(names, "moments")
     pool, rows = _data(config, source, workdir, take, names, tools, encoders, made_by)
@@ -222,7 +222,7 @@ def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
     return Task(recipe.init, recipe.loss, rows, export, pool, recipe.start, tensors)
 
 
-def _absent(names, tools: Mapping[str, Any]) -> dict:
+def absent_values(names, tools: Mapping[str, Any]) -> dict:
     """Values of the conditions whose absence is encoded, one example each."""
     values = {}
     for name in names:
