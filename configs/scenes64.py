@@ -37,6 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.conditions = ()  # empty: all that the source can give
     config.steps = 4000
     config.batch = 32
+    config.remat = "none"  # or "attention", "blocks": less memory, more arithmetic
     config.model = dict(
         unet=PRESETS["scenes64"].to_dict(),
         local_channels=16,

@@ -42,6 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 100_000
     config.batch = 64
     config.dtype = "bfloat16"
+    config.remat = "none"  # or "attention", "blocks": less memory, more arithmetic
     config.model = dict(
         unet={**unet, "in_channels": unet["in_channels"] + LOCAL},
         local_channels=LOCAL,

@@ -13,7 +13,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from composer_jax.commands.train import take_rest  # noqa: F401 (the cli calls it)
-from composer_jax.conditions import Feature
 from composer_jax.data import cache
 from composer_jax.data.extractors import Extractors, load_extractors
 from composer_jax.data.prepare import chunks
@@ -56,11 +55,10 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(args.source, size=config.image_size, seed=args.seed, crop=crop)
     extractors = load_extractors(config)
     names = extractors.conditions(config.conditions, source)
-    sizes = dict(extractors.clip.sizes)
-    factor = extractors.vae.factor
-    side, depth = source.size // factor, 2 * extractors.vae.config.latent_channels
+    codec = extractors.vae.config
+    sizes = {**extractors.clip.sizes, "factor": codec.factor,
+             "latent_channels": codec.latent_channels}  # fmt: skip
     specs = cache.feature_specs(names, sizes, source.size)
-    specs["moments"] = Feature((side, side, depth), "float16", "raw")
     shards = -(-len(source) // args.shard_size)
     _claim(args, source, names, sizes, shards, extractors)
     missing = [s for s in range(shards) if not cache.notes_path(args.out, s).is_file()]

@@ -27,9 +27,15 @@ SPLIT = "train"
 
 
 def feature_specs(names: Sequence[str], sizes: Mapping[str, int], size: int) -> dict[str, Feature]:
-    """Every array of an example by its path ("stored/depth"), with the sizes as numbers."""
-    known = {**sizes, "h": size, "w": size}
-    found = {"image": Feature((size, size, 3), "uint8", "png")}
+    """Every array of an example by its path ("stored/depth"), with the sizes as numbers.
+
+    `sizes`: what CLIP decides, and the codec's `factor` and `latent_channels`.
+    """
+    known, side = {**sizes, "h": size, "w": size}, size // sizes["factor"]
+    found = {
+        "image": Feature((size, size, 3), "uint8", "png"),
+        "moments": Feature((side, side, 2 * sizes["latent_channels"]), "float16", "raw"),
+    }
 
     def add(path: str, feature: Feature) -> None:
         shape = tuple(known[side] if isinstance(side, str) else side for side in feature.shape)

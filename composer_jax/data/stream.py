@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from composer_jax.conditions import Feature
 from composer_jax.data.cache import FORMAT, SPLIT, feature_specs, nested, shard_path
 
 PATTERN = 4096  # positions after which the proportions of a mix repeat, exactly
@@ -44,10 +43,7 @@ class Caches:
                         f"{first.folder} and {other.folder} cannot be mixed: {key} is "
                         f"{first.known[key]!r} and {other.known[key]!r}"
                     )
-        sizes = first.known["sizes"]
-        side = self.size // sizes["factor"]
-        moments = Feature((side, side, 2 * sizes["latent_channels"]), "float16", "raw")
-        specs = {**feature_specs(self.conditions, sizes, self.size), "moments": moments}
+        specs = feature_specs(self.conditions, first.known["sizes"], self.size)
         self._specs = {path: spec for path, spec in specs.items() if spec.dtype != "str"}
 
     def __len__(self) -> int:

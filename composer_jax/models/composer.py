@@ -125,13 +125,17 @@ class Encoded:
 
 
 class Composer(nnx.Module):
-    """UNet, stems and projections. `absent`: values of the conditions whose absence is encoded."""
+    """UNet, stems and projections. `absent`: values of the conditions whose absence is encoded.
+
+    `remat`: what a gradient computes again, as `UNet` takes it.
+    """
 
     def __init__(
         self,
         config: ComposerConfig,
         absent: Values | None = None,
         *,
+        remat: str = "none",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -168,7 +172,7 @@ class Composer(nnx.Module):
                 for name, value in (absent or {}).items()
             }
         )
-        self.unet = UNet(config.unet, dtype=dtype, rngs=rngs)
+        self.unet = UNet(config.unet, remat=remat, dtype=dtype, rngs=rngs)
 
     def encode(self, values: Values) -> Encoded:
         """Everything that does not depend on t. `values[condition][part]`: float32 [B, ...].

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from composer_jax.conditions.base import meant
 from composer_jax.models.blocks import (
     ZEROS,
     Attention,
@@ -25,6 +26,8 @@ from composer_jax.models.blocks import (
     space_to_depth,
 )
 from composer_jax.models.vae import check_sizes, check_widths, strict
+
+REMAT = ("none", "attention", "blocks")  # what is computed again for the gradient, not kept
 
 Context = list[tuple[jax.Array, jax.Array]]
 
@@ -198,6 +201,20 @@ class Transformer(nnx.Module):
         return x + self.proj_out(h.reshape(x.shape))
 
 
+def _layer(resnet, transformer, x, embedding, context: Context, bias, remat: str):
+    taken = [context.pop(0) for _ in transformer.transformer_blocks] if transformer else []
+
+    def attention(x, taken, bias):
+        return transformer(x, list(taken), bias)
+
+    def both(x, embedding, taken, bias):
+        x = resnet(x, embedding)
+        return inner(x, taken, bias) if transformer else x
+
+    inner = jax.checkpoint(attention) if remat == "attention" else attention
+    return (jax.checkpoint(both) if remat == "blocks" else both)(x, embedding, taken, bias)
+
+
 class Block(nnx.Module):
     """One level, down or up: resnets with attention between them, then a change of resolution."""
 
@@ -215,10 +232,10 @@ class Block(nnx.Module):
         elif resample == "up":
             self.upsamplers = nnx.List([Upsample(out, **options)])
 
-    def layer(self, i: int, x, embedding, context: Context, bias):
-        """Resnet i and its attention."""
-        x = self.resnets[i](x, embedding)
-        return self.attentions[i](x, context, bias) if hasattr(self, "attentions") else x
+    def layer(self, i: int, x, embedding, context: Context, bias, remat: str = "none"):
+        """Resnet i and its attention, which takes its (k, v) off the front of `context`."""
+        attention = self.attentions[i] if hasattr(self, "attentions") else None
+        return _layer(self.resnets[i], attention, x, embedding, context, bias, remat)
 
 
 class Middle(nnx.Module):
@@ -230,17 +247,24 @@ class Middle(nnx.Module):
         self.resnets = nnx.List([ResnetBlock(*shape, **options) for _ in range(2)])
         self.attentions = nnx.List([Transformer(width, heads, config, **options)])
 
-    def __call__(self, x: Float[Array, "b h w c"], embedding, context: Context, bias):
+    def __call__(self, x: Float[Array, "b h w c"], embedding, context: Context, bias, remat="none"):
         """x [B, H, W, C]; returns the same shape."""
-        x = self.attentions[0](self.resnets[0](x, embedding), context, bias)
-        return self.resnets[1](x, embedding)
+        first, second = self.resnets
+        x = _layer(first, self.attentions[0], x, embedding, context, bias, remat)
+        return _layer(second, None, x, embedding, context, bias, remat)
 
 
 class UNet(nnx.Module):
-    """eps, v or flow from noisy latents (with local channels), timestep and context."""
+    """eps, v or flow from noisy latents (with local channels), timestep and context.
 
-    def __init__(self, config: UNetConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.config, self.dtype = config, dtype
+    `remat`: what a gradient computes again instead of keeping it: nothing, each transformer, or
+    each resnet with its transformer. Raises ValueError for another word.
+    """
+
+    def __init__(self, config: UNetConfig, *, remat="none", dtype=jnp.float32, rngs: nnx.Rngs):
+        if remat not in REMAT:
+            raise ValueError(f"remat {remat!r}{meant(remat, REMAT)}; allowed: {', '.join(REMAT)}")
+        self.config, self.dtype, self.remat = config, dtype, remat
         options = {"dtype": dtype, "rngs": rngs}
         widths, fold = config.block_out_channels, config.patch**2
         last = len(widths) - 1
@@ -304,16 +328,16 @@ class UNet(nnx.Module):
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, embedding, projected, context_bias)
+                x = block.layer(i, x, embedding, projected, context_bias, self.remat)
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
-        x = self.mid_block(x, embedding, projected, context_bias)
+        x = self.mid_block(x, embedding, projected, context_bias, self.remat)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = block.layer(i, x, embedding, projected, context_bias)
+                x = block.layer(i, x, embedding, projected, context_bias, self.remat)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x)
         x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

@@ -61,7 +61,8 @@ def make_recipe(
     dtype = jnp.dtype(config.dtype)
 
     def create() -> Composer:
-        composer = Composer(composer_config, absent, dtype=dtype, rngs=Keys(config.seed))
+        options = {"remat": config.get("remat", "none"), "dtype": dtype}
+        composer = Composer(composer_config, absent, **options, rngs=Keys(config.seed))
         for name in names if start else ():
             silence(composer, name)
         return composer

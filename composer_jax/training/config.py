@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "sample_every",
     "mesh",
     "sharding",
+    "remat",
     "sampler",
     "optimizer",
     "ema",

@@ -12,16 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from composer_jax.training.cluster import is_main
-
-# bf16 FLOP/s of one device, without sparsity, by the start of jax's device_kind
-PEAK_FLOPS = {
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-}
+from composer_jax.training.hardware import chip_of
 
 
 class NonFinite(FloatingPointError):
@@ -53,8 +44,8 @@ class Log:
             self._board = SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=start + 1 if start else None
             )
-        kind = jax.devices()[0].device_kind
-        self._peak = next((f for k, f in PEAK_FLOPS.items() if kind.startswith(k)), None)
+        chip = chip_of(jax.devices()[0].device_kind)
+        self._peak = chip.flops if chip else None
 
     def add(self, step: int, metrics: Mapping) -> None:
         """Keeps the metrics of a step, which may still be computed."""

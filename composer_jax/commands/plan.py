@@ -1,0 +1,142 @@
+"""`composer plan --config NAME --topology v5p:4x4x4`: what a train step will cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from composer_jax.commands.train import take_rest  # noqa: F401  (the command line's part)
+from composer_jax.models.unet import REMAT
+from composer_jax.training.config import load_config
+from composer_jax.training.hardware import Chip, devices_of
+from composer_jax.training.plan import Cost, known_chip, largest, plan
+from composer_jax.training.sharding import make_mesh
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options; `--config.KEY=VALUE` is taken by `take_rest`."""
+    parser.add_argument("--config", required=True, help="NAME[:variant] or FILE.py[:variant]")
+    parser.add_argument(
+        "--topology", required=True, help="v5p:2x2x1, v5e:4x4, v6e:4x4, ...; or 'here'"
+    )
+    parser.add_argument(
+        "--batch", default="", help="over all devices (default: the config's); 'auto': what fits"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the same numbers to")
+    parser.epilog = "--config.KEY=VALUE sets a key of the config, for example --config.remat=blocks"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compiles, prints a table; nothing is run, no weights and no data are read."""
+    config = load_config(args.config, args.overrides)
+    if args.batch not in ("", "auto") and not args.batch.isdecimal():
+        raise ValueError(f"--batch {args.batch}: a number of examples, or auto")
+    devices = devices_of(args.topology)
+    mesh, chip = make_mesh(**config.mesh.to_dict(), devices=devices), known_chip(devices)
+    head = {
+        "config": args.config,
+        "topology": args.topology,
+        "device": devices[0].device_kind,
+        "mesh": {axis: size for axis, size in mesh.shape.items()},
+        "remat": config.get("remat", "none"),
+    }
+    if args.batch == "auto":
+        cost, larger = _auto(config, devices, mesh.shape["data"] * mesh.shape["fsdp"], chip)
+    else:
+        batch = int(args.batch or config.batch)
+        cost, larger = _announced(config, devices, batch), None
+    report = head | cost.to_dict(chip)
+    print(table(report, chip))
+    if larger:
+        report["larger"] = larger
+        print(f"batch {larger['batch']} {larger['says']}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _announced(config, devices, batch: int) -> Cost:
+    where = f"{len(devices)} x {devices[0].device_kind}"
+    print(f"compiling batch {batch} for {where}, remat {config.remat} ...", file=sys.stderr)
+    cost = plan(config, devices, batch)
+    said = f"{cost.compile_seconds:.0f} s, peak {readable(cost.peak)} a device"
+    print(f"compiled batch {batch}: {said}", file=sys.stderr)
+    return cost
+
+
+def _auto(config, devices, parts: int, chip: Chip | None) -> tuple[Cost, dict]:
+    """The largest batch that fits, and which remat makes room for twice that."""
+    if chip is None:
+        raise ValueError(f"--batch auto: the memory of {devices[0].device_kind!r} is not known")
+
+    def measured(n: int, remat: str = config.remat) -> Cost | None:
+        changed = config.copy_and_resolve_references()
+        with changed.unlocked():
+            changed.remat = remat
+        try:
+            return _announced(changed, devices, n * parts)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
+
+    cost = largest(measured, chip.memory)
+    if cost is None:
+        raise ValueError(
+            f"one example a part does not fit into the {readable(chip.memory)} of "
+            f"{devices[0].device_kind}; remat is {config.remat!r}, the mesh {dict(config.mesh)}"
+        )
+    n = 2 * cost.batch // parts
+    for remat in REMAT[REMAT.index(config.remat) + 1 :]:
+        found = measured(n, remat)
+        if found and found.peak <= chip.memory:
+            says = f"fits with remat {remat}: {readable(found.peak)} a device"
+            return cost, {"batch": n * parts, "remat": remat, "says": says, **found.to_dict(chip)}
+    return cost, {"batch": n * parts, "remat": None, "says": "fits with no remat"}
+
+
+def table(report: dict, chip: Chip | None) -> str:
+    """A plan for a terminal: one line a number."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    each = report["batch_per_device"]
+    peak = readable(report["peak"])
+    if chip:
+        share = report["peak_share_of_memory"]
+        peak += f" of {readable(chip.memory)} ({share:.0%}{', does not fit' if share > 1 else ''})"
+    lines = [
+        ("devices", f"{report['devices']} x {report['device']}; {mesh}"),
+        ("batch", f"{report['batch']}, {each:g} a device; remat {report['remat']}"),
+        ("arguments", f"{readable(report['arguments'])} a device"),
+        ("temporaries", f"{readable(report['temporaries'])} a device"),
+        ("peak memory", f"{peak} a device"),
+        ("FLOPs", f"{report['flops'] / 1e12:.3f} T a device and step"),
+        ("moved", f"{report['bytes'] / 1e9:.1f} GB a device and step, by the compiler's count"),
+    ]
+    if report["seconds"]:
+        rate = f"{report['images_per_second']:.1f} images/s"
+        share = report["share_of_peak_flops"]
+        share = f"; {share:.1%} of the peak" if share else ""
+        estimate = f"{report['seconds'] * 1e3:.1f} ms a step, {rate}{share}"
+    else:
+        estimate = "none: the compiler makes no estimate here that makes sense"
+    lines.append(("estimate", estimate))
+    for kind, traffic in report["collectives"].items():
+        said = f"{traffic['count']}, {readable(traffic['bytes'])} a device and step"
+        if traffic["unknown"]:
+            said += f"; {traffic['unknown']} of them in loops of unknown length, counted once"
+        lines.append((kind, said))
+    lines.append(("compiled in", f"{report['compile_seconds']:.0f} s"))
+    return "\n".join(f"{name:20s} {value}" for name, value in lines)
+
+
+def readable(amount: float) -> str:
+    """Bytes for people: "3.3 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(amount) < 1024:
+            return f"{amount:.0f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"

@@ -1,0 +1,238 @@
+"""Ahead of time: the real train step compiled for hardware that need not be there, and its cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from composer_jax import conditions
+from composer_jax.conditions.base import Condition, meant
+from composer_jax.data.cache import feature_specs, nested
+from composer_jax.models.composer import ComposerConfig
+from composer_jax.models.files import read_json
+from composer_jax.models.unet import UNetConfig
+from composer_jax.models.vae import VAEConfig
+from composer_jax.storage.models import find_part
+from composer_jax.training.collectives import Traffic, collectives
+from composer_jax.training.composer import make_recipe
+from composer_jax.training.hardware import Chip, chip_of
+from composer_jax.training.optimizer import make_optimizer
+from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
+from composer_jax.training.state import create_state
+from composer_jax.training.step import only, train_step
+
+CLIP_SIZES = {  # text_length, text_width, embed_width
+    "openai/clip-vit-large-patch14": (77, 768, 768),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": (77, 1024, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one compiled step costs; bytes and FLOPs are one device's.
+
+    `seconds`: the compiler's estimate of a step, None where it makes none that makes sense.
+    `compile_seconds`: how long the compiler took.
+    """
+
+    batch: int
+    devices: int
+    arguments: int
+    temporaries: int
+    peak: int
+    flops: float
+    bytes: float
+    seconds: float | None
+    collectives: dict[str, Traffic]
+    compile_seconds: float
+
+    def to_dict(self, chip: Chip | None) -> dict[str, Any]:
+        """As JSON's types, with what follows from the chip where it is known."""
+        rate = self.batch / self.seconds if self.seconds else None
+        known = chip is not None
+        share = known and self.seconds and self.flops / self.seconds / chip.flops
+        return asdict(self) | {
+            "batch_per_device": self.batch / self.devices,
+            "images_per_second": rate,
+            "memory": chip.memory if known else None,
+            "peak_share_of_memory": self.peak / chip.memory if known else None,
+            "share_of_peak_flops": share or None,
+        }
+
+
+def compile_step(config, devices: list, batch: int) -> tuple[Any, Mesh]:
+    """The composer's train step of a config, compiled for `devices`, and the mesh.
+
+    No weights and no data are read: `init_from` is not looked at, conditions are the config's or
+    all there are. Raises ValueError for another task, or where parts do not fit.
+    """
+    mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch < 1 or batch % parts:
+        raise ValueError(f"batch {batch} is no multiple of the {parts} parts of data x fsdp")
+    init, loss, shapes = _composer(config, batch)
+    optimizer = make_optimizer(steps=config.steps, **config.optimizer)
+    loss, optimizer = only(config.trainable, loss, optimizer)
+    lengths = tuple(config.ema_lengths)
+    abstract = jax.eval_shape(lambda: create_state(init(), optimizer, lengths))
+    shardings = shard_tree(abstract, mesh, tuple(config.sharding))
+
+    def placed(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    state = jax.tree.map(placed, abstract, shardings)
+    rows = jax.tree.map(lambda s: placed(s, batch_sharding(mesh)), shapes)
+    seed = placed(jax.ShapeDtypeStruct((), jnp.uint32), NamedSharding(mesh, PartitionSpec()))
+    step = partial(train_step, loss=loss, optimizer=optimizer, ema_decay=config.ema,
+                   accumulate=config.accumulate)  # fmt: skip
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    platform = devices[0].platform
+    platform = "cuda" if platform == "gpu" else platform
+    lowered = jitted.trace(state, rows, seed).lower(lowering_platforms=(platform,))
+    return lowered.compile(), mesh
+
+
+def measure(compiled, batch: int, devices: int, seconds: float) -> Cost:
+    """The cost of a compiled step; `seconds`: how long it took to compile."""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    estimate = cost.get("optimal_seconds", -1.0)
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    if peak < arguments + temporaries:  # XLA for CPUs leaves the temporaries out
+        peak = arguments + temporaries + fresh
+    return Cost(
+        batch=batch,
+        devices=devices,
+        arguments=arguments,
+        temporaries=temporaries,
+        peak=peak,
+        flops=float(cost.get("flops", 0.0)),
+        bytes=float(cost.get("bytes accessed", 0.0)),
+        seconds=float(estimate) if estimate > 0 else None,
+        collectives=collectives(compiled.as_text()),
+        compile_seconds=seconds,
+    )
+
+
+def plan(config, devices: list, batch: int) -> Cost:
+    """Compiles a step at a global batch and measures it; raises ValueError as `compile_step`."""
+    start = time.perf_counter()
+    compiled, _ = compile_step(config, devices, batch)
+    return measure(compiled, batch, len(devices), time.perf_counter() - start)
+
+
+def largest(measured: Callable[[int], Cost | None], memory: int) -> Cost | None:
+    """The cost at the largest batch per device that fits into `memory`, None where not even 1 does.
+
+    `measured(n)`: the cost at n examples a device, None where the compiler finds no room. Memory
+    grows by a line in n, which two sizes give; the answer is compiled, and stepped down if need be.
+    """
+    tried: dict[int, Cost | None] = {}
+
+    def fits(n: int) -> bool:
+        if n not in tried:
+            tried[n] = measured(n)
+        cost = tried[n]
+        return cost is not None and cost.peak <= memory
+
+    if not fits(1):
+        return None
+    if not fits(2):
+        return tried[1]
+    slope = tried[2].peak - tried[1].peak
+    n = max(2, 1 + (memory - tried[1].peak) // slope) if slope > 0 else 2
+    while not fits(n):
+        n = max(2, n - max(1, n // 16))
+    return tried[n]
+
+
+def known_chip(devices: list) -> Chip | None:
+    """The chip that these devices are, None for CPUs and what the table lacks."""
+    return chip_of(devices[0].device_kind)
+
+
+def _composer(config, batch: int):
+    """init, loss and the shapes of a batch."""
+    if config.task != "composer":
+        raise ValueError(f"task {config.task!r} has no plan; allowed: composer")
+    names = tuple(config.conditions) or tuple(conditions.names())
+    for name in names:
+        conditions.get(name)
+    sizes, codec = clip_sizes(config.clip), codec_config(config.codec)
+    model = {key: value for key, value in config.model.items() if key != "unet"}
+    unet = UNetConfig.from_dict(config.model.unet.to_dict())
+    shape = ComposerConfig(unet, names, sizes, codec.latent_channels, codec.factor, **model)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.init_from = ""
+    recipe = make_recipe(config, names, sizes, codec, _absent(shape))
+    return recipe.init, recipe.loss, batch_shapes(config, names, sizes, codec, batch)
+
+
+def _absent(shape: ComposerConfig) -> dict:
+    """Zeros where a condition's absence has an encoding; numbers make no difference to a plan."""
+    return {
+        name: {key: jnp.zeros(part.shape) for key, part in shape.parts(name).items()}
+        for name in shape.conditions
+        if type(conditions.get(name)).absent is not Condition.absent
+    }
+
+
+def batch_shapes(
+    config, names, sizes: Mapping[str, int], codec: VAEConfig, batch: int
+) -> dict[str, Any]:
+    """Shapes of what a step takes: images, moments, and what the conditions store."""
+    side = config.image_size
+    if side % codec.factor:
+        raise ValueError(f"image size {side} is not a multiple of the codec's {codec.factor}")
+    codec_sizes = {"factor": codec.factor, "latent_channels": codec.latent_channels}
+    specs = feature_specs(names, {**sizes, **codec_sizes}, side)
+    return nested(
+        {
+            path: jax.ShapeDtypeStruct((batch, *spec.shape), spec.dtype)
+            for path, spec in specs.items()
+            if spec.dtype != "str"
+        }
+    )
+
+
+def clip_sizes(where: str) -> dict[str, int]:
+    """What a CLIP decides, by a published name or from the config of "bundled" or a folder."""
+    names = ("text_length", "text_width", "embed_width")
+    if where in CLIP_SIZES:
+        return dict(zip(names, CLIP_SIZES[where], strict=True))
+    if where != "bundled" and not Path(where).exists():
+        raise ValueError(f"clip {where!r}{meant(where, list(CLIP_SIZES))}: sizes are known for "
+                         f"{', '.join(CLIP_SIZES)}; or give a folder, or 'bundled'")  # fmt: skip
+    values = read_json(find_part(where, "clip") / "config.json")
+    text = values.get("text_config") or {}
+    try:
+        sizes = (text["max_position_embeddings"], text["hidden_size"], values["projection_dim"])
+    except KeyError as error:
+        raise ValueError(f"{where}'s CLIP config lacks {error}") from error
+    return dict(zip(names, sizes, strict=True))
+
+
+def codec_config(where: str) -> VAEConfig:
+    """The codec of "bundled" or a folder, by its config; Stable Diffusion's by a hub name."""
+    if where != "bundled" and not Path(where).exists():
+        if "/" not in where:
+            raise ValueError(f"codec {where!r} is no folder, no hub's owner/name and not 'bundled'")
+        return VAEConfig()
+    values = read_json(find_part(where, "vae") / "config.json")
+    if "format" in values:
+        own = {key: value for key, value in values.items() if key not in ("format", "kind")}
+        return VAEConfig.from_dict(own)
+    return VAEConfig(
+        latent_channels=values["latent_channels"],
+        block_out_channels=tuple(values["block_out_channels"]),
+    )
