@@ -111,10 +111,9 @@ def _claim(
         "shards": shards,
         "image_size": source.size,
         "conditions": list(names),
-        "sizes": {**sizes, "factor": extractors.vae.factor,
-                  "latent_channels": extractors.vae.config.latent_channels},
+        "sizes": dict(sizes),
         "made_by": dict(extractors.made_by),
-    }  # fmt: skip
+    }
     path = args.out / "composer.json"
     if path.is_file():
         old, new = json.loads(path.read_text()), json.loads(json.dumps(made))

@@ -332,6 +332,11 @@ def attend(
         platforms["cpu"] = on_cpu
     elif _cudnn_takes(shape[-1], q.dtype, bias is not None):
         platforms["cuda"] = on_cuda
+    if q.dtype == jnp.bfloat16 and bias is None and not causal:
+        from composer_jax.models import fused  # Pallas takes its time to be imported
+
+        if fused.pays(n, k.shape[1]) and (kernel := fused.split(fused.attention, batch, heads)):
+            platforms["tpu"] = kernel
     inputs = [x.reshape(shape) for x in (q, k, v)] + ([] if bias is None else [bias])
     out = jax.lax.platform_dependent(*inputs, **platforms, default=plain)
     return out.reshape(batch, n, channels)

@@ -63,7 +63,8 @@ def devices_of(topology: str) -> list:
     if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (axes - 1), shape):
         raise ValueError(f"topology {topology!r}: {name} comes in {axes} dimensions, for example "
                          f"{name}:{example}")  # fmt: skip
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no chip is asked or taken
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         import libtpu  # noqa: F401
     except ImportError as error:

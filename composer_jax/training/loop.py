@@ -102,7 +102,8 @@ def train(
     try:
         with Stop() as stop:
             upcoming = to_device(batch(start)) if start < settings.steps else None
-            compiled = jitted.lower(state, upcoming, seed).compile() if upcoming else None
+            with jax.set_mesh(mesh):  # by which kernels are split over devices
+                compiled = jitted.lower(state, upcoming, seed).compile() if upcoming else None
             told.flops = _flops(compiled)
             for step in range(start, settings.steps):
                 profile.at(step, state)

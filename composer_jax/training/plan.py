@@ -96,7 +96,8 @@ def compile_step(config, devices: list, batch: int) -> tuple[Any, Mesh]:
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     platform = devices[0].platform
     platform = "cuda" if platform == "gpu" else platform
-    lowered = jitted.trace(state, rows, seed).lower(lowering_platforms=(platform,))
+    with jax.set_mesh(mesh):
+        lowered = jitted.trace(state, rows, seed).lower(lowering_platforms=(platform,))
     return lowered.compile(), mesh
 
 
