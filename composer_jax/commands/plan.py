@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compiles, prints a table; nothing is run, no weights and no data are read."""
     config = load_config(args.config, args.overrides)
+    if config.task != "composer":
+        raise ValueError(f"{args.config} trains a {config.task}; plans are made for composers")
     if args.batch not in ("", "auto") and not args.batch.isdecimal():
         raise ValueError(f"--batch {args.batch}: a number of examples, or auto")
     devices = devices_of(args.topology)
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         "topology": args.topology,
         "device": devices[0].device_kind,
         "mesh": {axis: size for axis, size in mesh.shape.items()},
-        "remat": config.get("remat", "none"),
+        "remat": config.remat,
     }
     if args.batch == "auto":
         cost, larger = _auto(config, devices, mesh.shape["data"] * mesh.shape["fsdp"], chip)
