@@ -17,12 +17,13 @@ from composer_jax.commands.pictures import grid, save_png
 from composer_jax.data.sources import open_source
 from composer_jax.data.stream import Caches, is_cache
 from composer_jax.diffusion import Use
-from composer_jax.training.cluster import gather, is_main, join, main_first
+from composer_jax.training.cluster import gather, is_main, join, main_first, share
 from composer_jax.training.config import keep_config, load_config
 from composer_jax.training.ema import snapshot_path, write_snapshot
 from composer_jax.training.loop import Interrupted, Settings
 from composer_jax.training.loop import train as run_loop
 from composer_jax.training.optimizer import make_optimizer
+from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import only
 from composer_jax.training.tasks import Task, make_task
 from composer_jax.training.warm_start import start_from
@@ -88,6 +89,7 @@ def train(config: ConfigDict, workdir: Path) -> Task:
         profile=tuple(config.profile_steps),
     )
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
+    share(make_mesh(**config.mesh), config.batch)  # what cannot be split is said before all else
     with main_first():
         if is_main():
             keep_config(config, workdir)

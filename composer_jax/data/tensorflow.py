@@ -11,6 +11,7 @@ from typing import Any
 def tf() -> Any:
     """The module `tensorflow`, which takes no accelerator from JAX."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it says at its start what it cannot do
     try:
         import tensorflow
     except ImportError as error:
