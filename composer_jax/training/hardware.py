@@ -39,6 +39,16 @@ CHIPS = {
 }
 PLANNED = ("v5e", "v5p", "v6e")
 
+# With few examples a chip, XLA for TPUs cuts images into strips and takes these for a batch. Their
+# margins are copied around every convolution: a resnet at 64 x 64 x 320, 4 examples, forward and
+# backward on v5p, moves 2.8 GB in 1.51 ms by the compiler's estimate, without 0.73 GB in 0.67 ms.
+COMPILER_OPTIONS = {
+    "tpu": {
+        "xla_tpu_run_space_to_batch": False,
+        "xla_tpu_run_space_to_batch_on_new_platforms": False,
+    }
+}
+
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip of a device by jax's `device_kind`, None where it is not known."""

@@ -15,6 +15,7 @@ import optax
 
 from composer_jax.storage.checkpoints import Checkpoints
 from composer_jax.training.cluster import Stop, leave
+from composer_jax.training.hardware import COMPILER_OPTIONS
 from composer_jax.training.log import Log, NonFinite
 from composer_jax.training.sharding import batch_sharding, dotted, make_mesh, shard_tree
 from composer_jax.training.state import TrainState, create_state
@@ -103,7 +104,9 @@ def train(
         with Stop() as stop:
             upcoming = to_device(batch(start)) if start < settings.steps else None
             with jax.set_mesh(mesh):  # by which kernels are split over devices
-                compiled = jitted.lower(state, upcoming, seed).compile() if upcoming else None
+                lowered = jitted.lower(state, upcoming, seed) if upcoming else None
+            options = COMPILER_OPTIONS.get(jax.default_backend())
+            compiled = lowered.compile(options) if lowered else None
             told.flops = _flops(compiled)
             for step in range(start, settings.steps):
                 profile.at(step, state)

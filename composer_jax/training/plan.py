@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from composer_jax import conditions
 from composer_jax.conditions.base import Condition, meant
@@ -23,7 +24,7 @@ from composer_jax.models.vae import VAEConfig
 from composer_jax.storage.models import find_part
 from composer_jax.training.collectives import Traffic, collectives
 from composer_jax.training.composer import make_recipe
-from composer_jax.training.hardware import Chip, chip_of
+from composer_jax.training.hardware import COMPILER_OPTIONS, Chip, chip_of
 from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
 from composer_jax.training.state import create_state
@@ -68,8 +69,8 @@ class Cost:
         }
 
 
-def compile_step(config, devices: list, batch: int) -> tuple[Any, Mesh]:
-    """The composer's train step of a config, compiled for `devices`, and the mesh.
+def compile_step(config, devices: list, batch: int) -> tuple[Any, str]:
+    """The composer's train step of a config, compiled for `devices`, and its text.
 
     No weights and no data are read: `init_from` is not looked at, conditions are the config's or
     all there are. Raises ValueError for another task, or where parts do not fit.
@@ -98,11 +99,28 @@ def compile_step(config, devices: list, batch: int) -> tuple[Any, Mesh]:
     platform = "cuda" if platform == "gpu" else platform
     with jax.set_mesh(mesh):
         lowered = jitted.trace(state, rows, seed).lower(lowering_platforms=(platform,))
-    return lowered.compile(), mesh
+    return compile_readably(lowered, platform)
 
 
-def measure(compiled, batch: int, devices: int, seconds: float) -> Cost:
-    """The cost of a compiled step; `seconds`: how long it took to compile."""
+def compile_readably(lowered, platform: str, options=None) -> tuple[Any, str]:
+    """A lowered program, compiled, and its optimised HLO as text.
+
+    `options`: the compiler's, instead of those that training takes. A TPU's compiler writes the
+    text to a folder: jax cannot read back what it says of asynchronous operations.
+    """
+    options = dict(COMPILER_OPTIONS.get(platform, {}) if options is None else options)
+    if platform != "tpu":
+        compiled = lowered.compile(options)
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        options |= {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(options)
+        texts = [path.read_text() for path in Path(folder).glob("*.after_optimizations.txt")]
+    return compiled, max(texts, key=len, default="")
+
+
+def measure(compiled, text: str, batch: int, devices: int, seconds: float) -> Cost:
+    """The cost of a compiled step and its text; `seconds`: how long it took to compile."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     estimate = cost.get("optimal_seconds", -1.0)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -119,7 +137,7 @@ def measure(compiled, batch: int, devices: int, seconds: float) -> Cost:
         flops=float(cost.get("flops", 0.0)),
         bytes=float(cost.get("bytes accessed", 0.0)),
         seconds=float(estimate) if estimate > 0 else None,
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(text),
         compile_seconds=seconds,
     )
 
@@ -127,8 +145,8 @@ def measure(compiled, batch: int, devices: int, seconds: float) -> Cost:
 def plan(config, devices: list, batch: int) -> Cost:
     """Compiles a step at a global batch and measures it; raises ValueError as `compile_step`."""
     start = time.perf_counter()
-    compiled, _ = compile_step(config, devices, batch)
-    return measure(compiled, batch, len(devices), time.perf_counter() - start)
+    compiled, text = compile_step(config, devices, batch)
+    return measure(compiled, text, batch, len(devices), time.perf_counter() - start)
 
 
 def largest(measured: Callable[[int], Cost | None], memory: int) -> Cost | None:

@@ -1,0 +1,156 @@
+"""Plans: the same program that trains, its numbers, and what a user may get wrong."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from composer_jax.cli import main
+from composer_jax.models.blocks import Keys
+from composer_jax.models.unet import PRESETS, REMAT, UNet
+from composer_jax.training.collectives import Traffic, collectives
+from composer_jax.training.config import load_config
+from composer_jax.training.hardware import CHIPS, chip_of, devices_of
+from composer_jax.training.plan import Cost, clip_sizes, codec_config, largest
+
+HLO = """HloModule jit_step
+
+%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %gathered = f32[32]{0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%cond (arg: (s32[], f32[8])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%other (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %sent = bf16[16]{0} collective-permute(%x), source_target_pairs={{0,1}}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %all = (f32[8]{0}, bf16[4,2]{1,0}) all-reduce(%a, %b), to_apply=%add
+  %start = (f32[8]{0}, f32[32]{0}) all-gather-start(%p), dimensions={0}
+  %done = f32[32]{0} all-gather-done(%start)
+  %piece = f32[2]{0} reduce-scatter(f32[8]{0} %p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %split = f32[2]{0} reduce-scatter(%p), replica_groups=[1,4]<=[4], to_apply=%add
+  %loop = (s32[], f32[8]{0}) while(%t), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %endless = (s32[], f32[8]{0}) while(%t), condition=%cond, body=%other
+}
+"""
+
+
+def test_collectives_are_counted_once_and_as_often_as_loops_go_round():
+    assert collectives(HLO) == {
+        "all-gather": Traffic(1 + 3, 128 + 3 * 128),
+        "all-reduce": Traffic(1, 32 + 16),
+        "collective-permute": Traffic(1, 32, unknown=1),
+        "reduce-scatter": Traffic(2, 64),
+    }
+
+
+def test_collectives_of_a_program_that_xla_split():
+    mesh = jax.make_mesh((8,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    x = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=sharding)
+    text = jax.jit(lambda x: x.sum(0)).lower(x).compile().as_text()
+    assert collectives(text) == {"all-reduce": Traffic(1, 64)}
+
+
+def test_chips_are_known_by_their_kind():
+    assert chip_of("TPU v5 lite") is CHIPS["v5e"] and chip_of("TPU v5p") is CHIPS["v5p"]
+    assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"] and chip_of("cpu") is None
+
+
+def test_the_plan_of_what_is_here(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    words = ["plan", "--config", "scenes64:smoke", "--topology", "here", "--json", str(path)]
+    assert main([*words, "--config.conditions=palette,sketch", "--batch", "16"]) == 0
+    out, report = capsys.readouterr().out, json.loads(path.read_text())
+    assert report["batch"] == 16 and report["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert report["flops"] > 0 and report["peak"] >= report["arguments"] + report["temporaries"]
+    assert report["collectives"]["all-reduce"]["bytes"] > 0 and report["memory"] is None
+    assert "16, 2 a device" in out and "all-reduce" in out and "data 8" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topology", "v5x:2x2"], "did you mean 'v5"),
+        (["--topology", "v5p:4x4"], "v5p comes in 3 dimensions, for example v5p:2x2x1"),
+        (["--topology", "here", "--batch", "many"], "a number of examples, or auto"),
+        (["--topology", "here", "--batch", "9"], "no multiple of the 8 parts"),
+        (["--topology", "here", "--batch", "auto"], "the memory of 'cpu' is not known"),
+        (["--topology", "here", "--config.remat=block"], "did you mean 'blocks'"),
+        (["--topology", "here", "--config.clip=openai/clip-vit-large"], "sizes are known for"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, message, capsys):
+    assert main(["plan", "--config", "scenes64:smoke", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
+def test_without_libtpu_a_tpu_says_what_to_install():
+    with pytest.raises(ValueError, match=r"pip install 'composer-jax\[tpu\]'"):
+        devices_of("v5p:2x2x1")
+
+
+def test_sizes_by_name_and_from_a_folder():
+    assert clip_sizes("openai/clip-vit-large-patch14")["text_width"] == 768
+    assert clip_sizes("bundled") == {"text_length": 48, "text_width": 128, "embed_width": 128}
+    assert codec_config("a/name").factor == 8 and codec_config("bundled").factor == 4
+    with pytest.raises(ValueError, match="codec 'sd15' is no folder"):
+        codec_config("sd15")
+
+
+@pytest.mark.parametrize(("memory", "wanted"), [(99, None), (119, 1), (135, 2), (400, 16)])
+def test_the_largest_batch_is_compiled_and_stepped_down(memory, wanted):
+    def measured(n):
+        peak = 80 + 20 * n + (5 if n > 16 else 0)  # not quite a line
+        return Cost(n, 1, 0, 0, peak, 0.0, 0.0, None, {}, 0.0)
+
+    found = largest(measured, memory)
+    assert (found and found.batch) == wanted
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """By remat: gradients of a small UNet, and the bytes that its program needs beside them."""
+    x = jax.random.normal(jax.random.key(1), (2, 32, 32, 20))
+    context = jax.random.normal(jax.random.key(2), (2, 24, 128))
+    found = {}
+    for remat in REMAT:
+        unet = UNet(PRESETS["tiny"], remat=remat, rngs=Keys(0))
+        graph, params = nnx.split(unet)
+        params = jax.tree.map(
+            lambda p: p + 0.05 * np.random.default_rng(0).standard_normal(p.shape, np.float32),
+            params,
+        )
+
+        def loss(params, graph=graph):
+            return jnp.mean(nnx.merge(graph, params)(x, jnp.array([1.0, 500.0]), context) ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        found[remat] = compiled(params), compiled.memory_analysis().temp_size_in_bytes
+    return found
+
+
+@pytest.mark.parametrize("remat", REMAT[1:])
+def test_what_is_computed_again_has_the_same_gradient_in_less_memory(gradients, remat):
+    (wanted, memory), (found, less) = gradients["none"], gradients[remat]
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a) + 1e-12
+    assert less < memory
+
+
+def test_remat_may_change_when_a_run_goes_on(tmp_path):
+    from composer_jax.training.config import keep_config
+
+    keep_config(load_config("scenes64:smoke"), tmp_path)
+    keep_config(load_config("scenes64:smoke", ["remat=blocks"]), tmp_path)
