@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.config} trains a {config.task}; plans are made for composers")
     if args.batch not in ("", "auto") and not args.batch.isdecimal():
         raise ValueError(f"--batch {args.batch}: a number of examples, or auto")
+    # a program out of the cache has neither a text nor a time that it took to compile
+    jax.config.update("jax_enable_compilation_cache", False)
     devices = devices_of(args.topology)
     mesh, chip = make_mesh(**config.mesh.to_dict(), devices=devices), known_chip(devices)
     head = {

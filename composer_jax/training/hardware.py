@@ -27,8 +27,8 @@ class Chip:
 
 
 GIB = 2**30
-# TPUs: cloud.google.com/tpu/docs/{v5e,v5p,v6e}; its interconnect figures (400, 1200 and 800 GB/s a
-# chip) count both ways; GPUs: NVIDIA's data sheets of the SXM forms
+# TPUs: cloud.google.com/tpu/docs/{v5e,v5p,v6e}, whose interconnect figures for v5p and v6e (1200
+# and 800 GB/s a chip) count both ways; GPUs: NVIDIA's data sheets of the SXM forms
 CHIPS = {
     "v5e": Chip("TPU v5 lite", 197e12, 16 * GIB, 819e9, 200e9),
     "v5p": Chip("TPU v5", 459e12, 95 * GIB, 2765e9, 600e9),

@@ -121,9 +121,9 @@ def test_the_largest_batch_is_compiled_and_stepped_down(memory, wanted):
 
 @pytest.fixture(scope="module")
 def gradients():
-    """By remat: gradients of a small UNet, and the bytes that its program needs beside them."""
-    x = jax.random.normal(jax.random.key(1), (2, 32, 32, 20))
-    context = jax.random.normal(jax.random.key(2), (2, 24, 128))
+    """By remat: gradients of a small UNet, and the bytes kept from its forward pass for them."""
+    x = jax.random.normal(jax.random.key(1), (1, 32, 32, 20))
+    context = jax.random.normal(jax.random.key(2), (1, 24, 128))
     found = {}
     for remat in REMAT:
         unet = UNet(PRESETS["tiny"], remat=remat, rngs=Keys(0))
@@ -134,10 +134,12 @@ def gradients():
         )
 
         def loss(params, graph=graph):
-            return jnp.mean(nnx.merge(graph, params)(x, jnp.array([1.0, 500.0]), context) ** 2)
+            return jnp.mean(nnx.merge(graph, params)(x, jnp.array([500.0]), context) ** 2)
 
-        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
-        found[remat] = compiled(params), compiled.memory_analysis().temp_size_in_bytes
+        # XLA for CPUs merges what is computed twice, so the program's own memory says nothing
+        _, backward = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p), params)
+        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+        found[remat] = jax.jit(jax.grad(loss))(params), kept
     return found
 
 
@@ -146,7 +148,7 @@ def test_what_is_computed_again_has_the_same_gradient_in_less_memory(gradients, 
     (wanted, memory), (found, less) = gradients["none"], gradients[remat]
     for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a) + 1e-12
-    assert less < memory
+    assert less < 0.9 * memory
 
 
 def test_remat_may_change_when_a_run_goes_on(tmp_path):
