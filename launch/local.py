@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 GRACE = 20  # seconds
 
@@ -103,7 +104,9 @@ def main() -> int:
             words = [f"{key}={value}" for key, value in each.items()]
             print(*words, shlex.join(args.command))
         return 0
-    return wait([subprocess.Popen(args.command, env={**os.environ, **each}) for each in told])
+    # in sessions of their own, or a terminal's Ctrl-C would reach them twice
+    start = partial(subprocess.Popen, args.command, start_new_session=True)
+    return wait([start(env={**os.environ, **each}) for each in told])
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def train(
         if jax.process_count() == 1:
             raise
         reason = str(error).strip().splitlines()[0][:200]
-        leave(f"lost a process of this job ({reason}); start it again and it goes on")
+        what = "is out of memory" if "RESOURCE_EXHAUSTED" in reason else "has lost another"
+        leave(f"a process of this job {what} ({reason}); what was saved is kept for its next start")
     finally:
         profile.stop(state)
         told.close()

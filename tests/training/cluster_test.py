@@ -67,7 +67,7 @@ def test_one_process_killed_ends_the_others_and_the_job_goes_on(alone, tmp_path)
         time.sleep(0.05)
     os.kill(grandchildren(job)[1], signal.SIGKILL)
     assert job.wait(timeout=60)
-    why = r"process 1 was ended by SIGKILL|lost a process of this job"
+    why = r"process 1 was ended by SIGKILL|has lost another"
     assert re.search(why, told(tmp_path)), told(tmp_path)
     metrics = tmp_path / "metrics.jsonl"
     steps = [row["step"] for row in toy.rows(tmp_path)]
