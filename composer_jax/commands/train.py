@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         return 0 if stopped.signal == signal.SIGTERM else 130
     except ValueError:
         # nothing half-written where nothing was; once training has begun, all of it stays
-        if is_main() and not existed and not (args.workdir / "checkpoints").exists():
+        begun = [*args.workdir.glob("checkpoints/[0-9]*"), *args.workdir.glob("metrics.jsonl")]
+        if is_main() and not existed and not begun:
             shutil.rmtree(args.workdir, ignore_errors=True)
         raise
     if is_main():
