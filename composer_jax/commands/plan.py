@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", default="", help="over all devices (default: the config's); 'auto': what fits"
     )
+    parser.add_argument("--images", type=float, help="to train on (default: the config's steps)")
+    parser.add_argument("--price", type=float, default=0.0, help="of a device's hour")
     parser.add_argument("--json", type=Path, help="file to write the same numbers to")
     parser.epilog = "--config.KEY=VALUE sets a key of the config, for example --config.remat=blocks"
 
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
         batch = int(args.batch or config.batch)
         cost, larger = _announced(config, devices, batch), None
     report = head | cost.to_dict(chip)
+    report |= _run(report, args.images or config.steps * config.batch, args.price)
     print(table(report, chip))
     if larger:
         report["larger"] = larger
@@ -61,6 +64,15 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _run(report: dict, images: float, price: float) -> dict:
+    """How long it takes to train on so many images, and what that costs, by the estimate."""
+    rate = report["images_per_second"]
+    hours = images / rate / 3600 if rate else None
+    spent = hours * report["devices"] if rate else None
+    cost = spent * price if rate and price else None
+    return {"images": images, "hours": hours, "device_hours": spent, "cost": cost}
 
 
 def _announced(config, devices, batch: int) -> Cost:
@@ -128,6 +140,10 @@ def table(report: dict, chip: Chip | None) -> str:
     else:
         estimate = "none: the compiler makes no estimate here that makes sense"
     lines.append(("estimate", estimate))
+    if report["hours"]:
+        cost = f", {report['cost']:,.0f} in all" if report["cost"] else ""
+        whole = f"{report['hours']:.1f} h, {report['device_hours']:,.1f} device hours{cost}"
+        lines.append(("a whole run", f"{report['images']:,.0f} images: {whole}"))
     for kind, traffic in report["collectives"].items():
         said = f"{traffic['count']}, {readable(traffic['bytes'])} a device and step"
         if traffic["unknown"]:

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from composer_jax.cli import main
+from composer_jax.commands.plan import _run
 from composer_jax.models.blocks import Keys
 from composer_jax.models.unet import PRESETS, REMAT, UNet
 from composer_jax.training.collectives import Traffic, collectives
@@ -93,6 +94,13 @@ def test_mistakes_end_in_one_line(words, message, capsys):
     assert main(["plan", "--config", "scenes64:smoke", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_a_run_costs_its_device_hours():
+    known = {"images_per_second": 100.0, "devices": 4}
+    run = _run(known, 3.6e6, 2.5)
+    assert (run["hours"], run["device_hours"], run["cost"]) == (10.0, 40.0, 100.0)
+    assert _run({"images_per_second": None, "devices": 4}, 3.6e6, 2.5)["cost"] is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
