@@ -115,19 +115,20 @@ def _claim(
         "made_by": dict(extractors.made_by),
     }
     path = args.out / "composer.json"
-    if path.is_file():
-        old, new = json.loads(path.read_text()), json.loads(json.dumps(made))
-        for key in new:
-            if old.get(key) != new[key]:
-                raise ValueError(
-                    f"{args.out} was made with {key} = {old.get(key)!r}, now it is {new[key]!r}; "
-                    "give another --out, or what it was made with"
-                )
-        return
-    if args.out.exists() and any(p.name != "shards" for p in args.out.iterdir()):
-        raise ValueError(f"{args.out} exists and is no cache; give an empty or new folder")
-    args.out.mkdir(parents=True, exist_ok=True)
-    cache.write_whole(path, made)
+    if not path.is_file():
+        args.out.mkdir(parents=True, exist_ok=True)
+        known = ("shards", "composer.json")  # of another process that has just begun
+        strange = [p.name for p in args.out.iterdir() if not p.name.startswith(known)]
+        if strange and not path.is_file():
+            raise ValueError(f"{args.out} exists and is no cache; give an empty or new folder")
+        cache.write_whole(path, made)
+    old, new = json.loads(path.read_text()), json.loads(json.dumps(made))
+    for key in new:
+        if old.get(key) != new[key]:
+            raise ValueError(
+                f"{args.out} was made with {key} = {old.get(key)!r}, now it is {new[key]!r}; "
+                "give another --out, or what it was made with"
+            )
 
 
 def _write(out: Path, mine, shards, shard_size, source: Source, names, specs, extractors) -> None:

@@ -144,6 +144,8 @@ def finish(folder: Path, shards: int, specs: Mapping[str, Feature]) -> list[dict
     tfds_features(specs).save_config(str(made))
     (made / "features.json").replace(folder / "features.json")
     made.rmdir()
+    for left in folder.glob("shards/*.new"):  # by processes that were killed
+        left.unlink(missing_ok=True)
     lines = [json.dumps(one) + "\n" for note in notes for one in note["skipped"]]
     (folder / "skipped.jsonl").write_text("".join(lines))
     split = {

@@ -95,6 +95,7 @@ def test_kills_lose_only_the_shards_in_flight(photos, prepared, tmp_path):
     assert prepare(f"folder:{photos}", out) == 0
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     same(out, prepared)
+    assert not list(out.rglob("*.new"))
 
 
 def test_a_shard_of_broken_files_alone_is_no_trouble(photos, tmp_path, capsys):
