@@ -74,7 +74,7 @@ def train(
     checkpoint; `warm` puts trained weights into a new state. SIGTERM and Ctrl-C save and raise
     `Interrupted`. Writes metrics.jsonl and TensorBoard events.
     Raises FloatingPointError, naming the step, where loss or gradient are not finite: the batch is
-    in nonfinite-STEP.npz and the last checkpoint stays. Raises OSError where the last checkpoint
+    in nonfinite-STEP-PROCESS.npz and the last checkpoint stays. Raises OSError where the last one
     could not be written. Ends the process where others of the job are gone.
     """
     mesh = make_mesh(**settings.mesh)
