@@ -158,8 +158,12 @@ def conv3(c_in: int, c_out: int, *, stride: int = 1, padding=1, **options) -> nn
 @jax.named_scope("linear")
 def _matmul(x, kernel, *_, precision=None, **__) -> jax.Array:
     # XLA's CPU backend computes a kernel's gradient up to five times slower where x has more than
-    # two axes, or where the product is written as a 1 x 1 convolution. Elsewhere it is the same.
+    # two axes, or where the product is written as a 1 x 1 convolution. On TPUs a flat x costs
+    # copies: its layout cannot be the one that the attention's kernel wants.
     kernel = kernel.reshape(kernel.shape[-2:])
+    if x.dtype != jnp.float32:
+        over_channels = (((x.ndim - 1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, kernel, over_channels, precision=precision)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return jax.lax.dot(rows, kernel, precision=precision).reshape(*x.shape[:-1], kernel.shape[1])
 
@@ -332,7 +336,7 @@ def attend(
         platforms["cpu"] = on_cpu
     elif _cudnn_takes(shape[-1], q.dtype, bias is not None):
         platforms["cuda"] = on_cuda
-    if q.dtype == jnp.bfloat16 and bias is None and not causal:
+    if q.dtype == jnp.bfloat16 and not causal:
         from composer_jax.models import fused  # Pallas takes its time to be imported
 
         if fused.pays(n, k.shape[1]) and (kernel := fused.split(fused.attention, batch, heads)):

@@ -1,41 +1,73 @@
 """The TPU's fused attention against the plain one, in Pallas' interpreter."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from composer_jax.models import fused
+from composer_jax.models.blocks import MASKED
+from composer_jax.training.sharding import make_mesh
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize(("length", "keys"), [(256, 256), (128, 384)])
+@pytest.mark.parametrize("biased", [False, True])
 def test_output_and_gradients_are_those_of_plain_attention(
-    dtype, tolerance, length, keys, monkeypatch
+    dtype, tolerance, length, keys, biased, monkeypatch
 ):
     monkeypatch.setattr(fused, "LOGITS", 128 * keys)  # several blocks of queries
-    key_q, key_k, key_v, key_d = jax.random.split(jax.random.key(0), 4)
+    key_q, key_k, key_v, key_d, key_b = jax.random.split(jax.random.key(0), 5)
     sizes = ((key_q, length), (key_k, keys), (key_v, keys))
     q, k, v = (jax.random.normal(key, (2, size, 2, 40), dtype) for key, size in sizes)
     d_out = jax.random.normal(key_d, q.shape, dtype)
+    bias = [jax.random.normal(key_b, (2, keys))] if biased else []
 
-    def plain(q, k, v):
-        return jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    def plain(q, k, v, *bias):
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        bias = bias[0][:, None, None, :] if bias else None
+        return jax.nn.dot_product_attention(q, k, v, bias)
 
-    out, pull = jax.vjp(lambda q, k, v: fused.attention(q, k, v, interpret=True), q, k, v)
-    wanted, wanted_pull = jax.vjp(plain, q, k, v)
+    inputs = (q, k, v, *bias)
+    out, pull = jax.vjp(lambda *inputs: fused.attention(*inputs, interpret=True), *inputs)
+    wanted, wanted_pull = jax.vjp(plain, *inputs)
     pairs = zip((out, *pull(d_out)), (wanted, *wanted_pull(d_out.astype(jnp.float32))), strict=True)
     for found, right in pairs:
         found, right = (np.asarray(x, np.float32) for x in (found, right))
         assert np.linalg.norm(found - right) < tolerance * np.linalg.norm(right)
 
 
-def test_only_long_whole_blocks_pay():
-    assert fused.pays(4096, 4096) and fused.pays(9216, 9216) and fused.pays(1024, 1024)
-    assert not fused.pays(4096, 128) and not fused.pays(256, 256) and not fused.pays(1088, 1088)
+def test_keys_that_must_not_be_seen_have_no_weight():
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 256, 1, 8)) for i in range(3))
+    bias = jnp.where(jnp.arange(256) < 100, 0.0, MASKED)[None]
+    seen = jax.nn.dot_product_attention(q, k[:, :100], v[:, :100])
+    found = fused.attention(q, k, v, bias, interpret=True)
+    np.testing.assert_allclose(found, seen, atol=1e-5)
+
+
+def test_only_whole_blocks_that_fit_pay():
+    assert fused.pays(4096, 4096) and fused.pays(9216, 9216) and fused.pays(256, 128)
+    assert not fused.pays(64, 64) and not fused.pays(1088, 1088) and not fused.pays(4096, 77)
+    assert not fused.pays(32768, 32768)
 
 
 @pytest.mark.parametrize("length", [1024, 2304, 4096, 9216, 16384])
 def test_blocks_divide_the_length_and_fill_whole_lanes(length):
     block = fused.block_of(length, length)
     assert length % block == 0 and block % fused.LANES == 0
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_over_a_mesh_each_device_takes_its_own_examples_and_heads(biased):
+    mesh = make_mesh(2, 2, 2)
+    q, k, v = (jax.random.normal(jax.random.key(i), (4, 128, 2, 8)) for i in range(3))
+    bias = [jax.random.normal(jax.random.key(3), (4, 128))] if biased else []
+    with jax.set_mesh(mesh):
+        kernel = fused.split(partial(fused.attention, interpret=True), 4, 2)
+        found = jax.jit(kernel)(q, k, v, *bias)
+        assert fused.split(fused.attention, 3, 2) is None  # an example left over
+    assert found.sharding.shard_shape(found.shape) == (1, 128, 1, 8)
+    wanted = jax.nn.dot_product_attention(q, k, v, bias[0][:, None, None, :] if biased else None)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
