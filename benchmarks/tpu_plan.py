@@ -153,7 +153,7 @@ def peer(preset: str, devices: list, batch: int, same: bool) -> tuple[plan.Cost,
         jax.ShapeDtypeStruct((), jnp.uint32, sharding=one),
     )
     lowered = traced.lower(lowering_platforms=("tpu",))
-    compiled, text = plan.compile_readably(lowered, "tpu", None if same else {})
+    compiled, text = plan.compile_readably(lowered, devices[0], None if same else {})
     seconds = time.perf_counter() - start
     return plan.measure(compiled, text, batch, len(devices), seconds), text
 

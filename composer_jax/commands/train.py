@@ -85,6 +85,7 @@ def train(config: ConfigDict, workdir: Path) -> Task:
         save_every=config.save_every,
         mesh=config.mesh.to_dict(),
         sharding=tuple(config.sharding),
+        dtype=config.dtype,
         lengths=tuple(config.ema_lengths),
         accumulate=config.accumulate,
         profile=tuple(config.profile_steps),

@@ -42,10 +42,12 @@ def collectives(text: str) -> dict[str, Traffic]:
         for shape, op, rest in bodies.get(name, ()):
             kind = op.removesuffix("-start")
             if kind in KINDS:
+                if name.startswith("all-reduce-scatter"):  # how TPUs spell it: reduced, then split
+                    kind = "reduce-scatter"
                 old = found.get(kind, Traffic())
                 found[kind] = Traffic(
                     old.count + times,
-                    old.bytes + times * _moved(kind, op, shape, rest),
+                    old.bytes + times * _moved(op, shape, rest),
                     old.unknown + (not sure),
                 )
                 continue
@@ -76,14 +78,14 @@ def _computations(text: str) -> tuple[dict[str, list], str]:
     return bodies, entry
 
 
-def _moved(kind: str, op: str, shape: str, rest: str) -> int:
+def _moved(op: str, shape: str, rest: str) -> int:
     arrays = [_size(*array) for array in _ARRAY.findall(shape)]
     arrays = [size for size in arrays if size]
-    if op.endswith("-start") and kind in ("all-gather", "collective-permute"):
+    if op in ("all-gather-start", "collective-permute-start"):
         # (operands, results, contexts): the results are the second half of what is not a counter
         data = [size for size in arrays if size > 8] or arrays
         return sum(data[len(data) // 2 :])
-    if kind == "reduce-scatter":
+    if op.startswith("reduce-scatter"):
         operands = re.split(r"\), ", rest, maxsplit=1)[0]
         before = sum(_size(*array) for array in _ARRAY.findall(operands))
         groups = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)

@@ -15,11 +15,11 @@ import optax
 
 from composer_jax.storage.checkpoints import Checkpoints
 from composer_jax.training.cluster import Stop, leave
-from composer_jax.training.hardware import COMPILER_OPTIONS
+from composer_jax.training.hardware import compiler_options
 from composer_jax.training.log import Log, NonFinite
 from composer_jax.training.sharding import batch_sharding, dotted, make_mesh, shard_tree
 from composer_jax.training.state import TrainState, create_state
-from composer_jax.training.step import Loss, train_step
+from composer_jax.training.step import Loss, jit_step
 
 log = logging.getLogger("composer_jax")
 
@@ -28,8 +28,9 @@ log = logging.getLogger("composer_jax")
 class Settings:
     """How to train; intervals in steps, `batch` over all processes.
 
-    `ema`: decay of the exported average; `lengths`: relative lengths of power-function averages.
-    `profile`: () or the steps between which a profile is recorded, for TensorBoard.
+    `dtype`: that of computation. `ema`: decay of the exported average; `lengths`: relative lengths
+    of power-function averages. `profile`: () or the steps between which a profile is recorded, for
+    TensorBoard.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class Settings:
     save_every: int
     mesh: dict
     sharding: Sequence[tuple[str, str]]
+    dtype: str = "float32"
     lengths: Sequence[float] = ()
     accumulate: int = 1
     profile: Sequence[int] = ()
@@ -93,9 +95,7 @@ def train(
         state = jax.jit(lambda: create(init()), out_shardings=shardings)()
         state = warm(state) if warm else state
 
-    step_fn = partial(train_step, loss=loss, optimizer=optimizer, ema_decay=settings.ema,
-                      accumulate=settings.accumulate)  # fmt: skip
-    jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+    jitted = jit_step(shardings, loss, optimizer, settings.ema, settings.accumulate, settings.dtype)
     to_device = partial(_to_device, sharding=batch_sharding(mesh))
     seed = np.uint32(settings.seed)
     told = Log(workdir, start, settings.steps, settings.batch, notes.get("waiting", ()))
@@ -105,7 +105,7 @@ def train(
             upcoming = to_device(batch(start)) if start < settings.steps else None
             with jax.set_mesh(mesh):  # by which kernels are split over devices
                 lowered = jitted.lower(state, upcoming, seed) if upcoming else None
-            options = COMPILER_OPTIONS.get(jax.default_backend())
+            options = compiler_options(mesh.devices.flat[0])
             compiled = lowered.compile(options) if lowered else None
             told.flops = _flops(compiled)
             for step in range(start, settings.steps):

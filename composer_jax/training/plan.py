@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from composer_jax.models.vae import VAEConfig
 from composer_jax.storage.models import find_part
 from composer_jax.training.collectives import Traffic, collectives
 from composer_jax.training.composer import make_recipe
-from composer_jax.training.hardware import COMPILER_OPTIONS, Chip, chip_of
+from composer_jax.training.hardware import Chip, chip_of, compiler_options
 from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
 from composer_jax.training.state import create_state
-from composer_jax.training.step import only, train_step
+from composer_jax.training.step import jit_step, only
 
 CLIP_SIZES = {  # text_length, text_width, embed_width
     "openai/clip-vit-large-patch14": (77, 768, 768),
@@ -92,24 +91,22 @@ def compile_step(config, devices: list, batch: int) -> tuple[Any, str]:
     state = jax.tree.map(placed, abstract, shardings)
     rows = jax.tree.map(lambda s: placed(s, batch_sharding(mesh)), shapes)
     seed = placed(jax.ShapeDtypeStruct((), jnp.uint32), NamedSharding(mesh, PartitionSpec()))
-    step = partial(train_step, loss=loss, optimizer=optimizer, ema_decay=config.ema,
-                   accumulate=config.accumulate)  # fmt: skip
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    jitted = jit_step(shardings, loss, optimizer, config.ema, config.accumulate, config.dtype)
     platform = devices[0].platform
     platform = "cuda" if platform == "gpu" else platform
     with jax.set_mesh(mesh):
         lowered = jitted.trace(state, rows, seed).lower(lowering_platforms=(platform,))
-    return compile_readably(lowered, platform)
+    return compile_readably(lowered, devices[0])
 
 
-def compile_readably(lowered, platform: str, options=None) -> tuple[Any, str]:
+def compile_readably(lowered, device, options=None) -> tuple[Any, str]:
     """A lowered program, compiled, and its optimised HLO as text.
 
     `options`: the compiler's, instead of those that training takes. A TPU's compiler writes the
     text to a folder: jax cannot read back what it says of asynchronous operations.
     """
-    options = dict(COMPILER_OPTIONS.get(platform, {}) if options is None else options)
-    if platform != "tpu":
+    options = compiler_options(device) if options is None else dict(options)
+    if device.platform != "tpu":
         compiled = lowered.compile(options)
         return compiled, compiled.as_text()
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -54,6 +56,36 @@ def shard_tree(tree, mesh: Mesh, rules: Sequence[tuple[str, str]]):
         return NamedSharding(mesh, _spec(leaf.shape, mesh, tactic))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def gathered(params, shardings, dtype):
+    """Parameters as a step computes with them (ZeRO-3, arXiv 1910.02054): none split over fsdp.
+
+    What was is sent in `dtype`, that of computation, and its gradient comes back so, each device
+    getting the sum of its own part. Left to itself XLA sends float32, or rather the examples.
+    """
+    dtype = jnp.dtype(dtype)
+    return jax.tree.map(lambda leaf, place: _gather(leaf, place, dtype), params, shardings)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(leaf, place: NamedSharding, dtype) -> jax.Array:
+    if "fsdp" not in place.spec:
+        return leaf
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in place.spec))
+    own = jax.lax.with_sharding_constraint(leaf.astype(dtype), place)
+    return jax.lax.with_sharding_constraint(own, NamedSharding(place.mesh, whole))
+
+
+def _gather_forward(leaf, place, dtype):
+    return _gather(leaf, place, dtype), None
+
+
+def _gather_backward(place, dtype, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, place).astype(jnp.float32),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _spec(shape: tuple[int, ...], mesh: Mesh, tactic: str) -> PartitionSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from composer_jax.training.ema import average
-from composer_jax.training.sharding import dotted
+from composer_jax.training.sharding import dotted, gathered
 from composer_jax.training.state import TrainState
 
 # of parameters, a batch and a key for each of its examples: the mean loss, and scalars for the log
@@ -49,6 +50,25 @@ def only(
     return part, optax.masked(optimizer, trains)
 
 
+def jit_step(
+    shardings: TrainState,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    accumulate: int,
+    dtype: str,
+):
+    """`train_step`, jitted for a state that lies as `shardings` say and is used up."""
+    step = partial(
+        train_step,
+        loss=lambda params, *rest: loss(gathered(params, shardings.params, dtype), *rest),
+        optimizer=optimizer,
+        ema_decay=ema_decay,
+        accumulate=accumulate,
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
 def train_step(
     state: TrainState,
     batch: dict,
@@ -78,7 +98,9 @@ def train_step(
         length: average(old, params, state.step + 1, float(length))
         for length, old in state.averages.items()
     }
-    metrics |= {"grad_norm": optax.tree.norm(gradient), "update_norm": optax.tree.norm(updates)}
+    # apart, or XLA for TPUs splits the update of parameters, moments and averages in two
+    apart = jax.lax.optimization_barrier(updates)
+    metrics |= {"grad_norm": optax.tree.norm(gradient), "update_norm": optax.tree.norm(apart)}
     return TrainState(params, ema, averages, opt_state, state.step + 1), metrics
 
 

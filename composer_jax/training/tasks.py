@@ -141,6 +141,8 @@ def clip_task(config, source: Source | Caches, workdir: Path) -> Task:
     """
     if config.accumulate > 1:
         raise ValueError("accumulate is 1 for task clip: its loss compares all of a batch")
+    if config.dtype != "float32":
+        raise ValueError(f"dtype is float32 for task clip, not {config.dtype!r}")
     if isinstance(source, Caches):
         raise ValueError("task clip trains from scenes or images with captions, not from a cache")
     captions = [

@@ -1,18 +1,18 @@
 """The composer's own step: the same on every mesh, whole or in parts, in bfloat16 nearly so."""
 
-from functools import partial
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from composer_jax.models.vae import PRESETS
 from composer_jax.training.composer import make_recipe
 from composer_jax.training.config import load_config
 from composer_jax.training.optimizer import make_optimizer
-from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
+from composer_jax.training.sharding import batch_sharding, gathered, make_mesh, shard_tree
 from composer_jax.training.state import create_state
-from composer_jax.training.step import train_step
+from composer_jax.training.step import jit_step
 
 NAMES, SIZES = ("depth", "mask", "palette"), {"text_length": 4, "text_width": 8, "embed_width": 8}
 STEPS, BATCH = 5, 16
@@ -39,15 +39,13 @@ def batch(step):
     }
 
 
-def losses(recipe, mesh, accumulate=1):
+def losses(recipe, mesh, accumulate=1, dtype="float32"):
     """Of five steps over a mesh; and the bytes that one device holds of the state, and all do."""
     optimizer = make_optimizer(1e-3, 10, 1, 0.5, 0.0, 1.0, (0.9, 0.99))
     create = lambda: create_state(recipe.init(), optimizer, (0.1,))  # noqa: E731
     shardings = shard_tree(jax.eval_shape(create), mesh, (("kernel", "fsdp"),))
     state = jax.jit(create, out_shardings=shardings)()
-    step = partial(train_step, loss=recipe.loss, optimizer=optimizer, ema_decay=0.9,
-                   accumulate=accumulate)  # fmt: skip
-    jitted = jax.jit(step, out_shardings=(shardings, None))
+    jitted = jit_step(shardings, recipe.loss, optimizer, 0.9, accumulate, dtype)
     found = []
     for at in range(STEPS):
         state, metrics = jitted(
@@ -80,6 +78,29 @@ def test_parts_of_a_batch_give_the_losses_of_the_whole(one):
 
 def test_bfloat16_computes_nearly_the_same_and_keeps_its_state_in_float32(one):
     half = recipe("bfloat16")
-    found, _, every = losses(half, make_mesh(devices=jax.devices()[:1]))
+    found, _, every = losses(half, make_mesh(devices=jax.devices()[:1]), dtype="bfloat16")
     np.testing.assert_allclose(found[:, 0], one[0][:, 0], rtol=2e-2)
     assert not np.array_equal(found, one[0]) and every == one[2]
+    split, *_ = losses(half, make_mesh(1, 8, 1), dtype="bfloat16")
+    np.testing.assert_allclose(split, found, rtol=2e-2)
+
+
+def test_split_parameters_are_whole_in_the_loss_and_their_gradients_are_split():
+    mesh = make_mesh(1, 4, 2)
+    params = {"kernel": jnp.ones((8, 16)), "scale": jnp.ones(16), "wide": {"kernel": jnp.ones(6)}}
+    places = shard_tree(params, mesh, (("wide", "tensor"), ("kernel", "fsdp")))
+    found = []
+
+    def loss(params):
+        whole = gathered(params, places, "bfloat16")
+        found.append(jax.tree.map(lambda leaf: leaf.dtype.name, whole))
+        jax.debug.inspect_array_sharding(whole["kernel"], callback=found.append)
+        return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(whole))
+
+    gradient = jax.jit(jax.grad(loss))(jax.device_put(params, places))
+    assert found[0] == {"kernel": "bfloat16", "scale": "float32", "wide": {"kernel": "float32"}}
+    assert found[1].is_fully_replicated
+    assert gradient["kernel"].sharding == places["kernel"] != NamedSharding(mesh, PartitionSpec())
+    for leaf in jax.tree.leaves(gradient):
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_array_equal(leaf, 2.0)

@@ -32,7 +32,13 @@ HLO = """HloModule jit_step
   %sent = bf16[16]{0} collective-permute(%x), source_target_pairs={{0,1}}
 }
 
+%all-reduce-scatter.1 (input: bf16[16]) -> bf16[4] {
+  %reduced = bf16[16]{0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice = bf16[4]{0} dynamic-slice(%reduced, %offset), dynamic_slice_sizes={4}
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
+  %fused = bf16[4]{0} fusion(%half), kind=kCustom, calls=%all-reduce-scatter.1
   %all = (f32[8]{0}, bf16[4,2]{1,0}) all-reduce(%a, %b), to_apply=%add
   %start = (f32[8]{0}, f32[32]{0}) all-gather-start(%p), dimensions={0}
   %done = f32[32]{0} all-gather-done(%start)
@@ -50,7 +56,7 @@ def test_collectives_are_counted_once_and_as_often_as_loops_go_round():
         "all-gather": Traffic(1 + 3, 128 + 3 * 128),
         "all-reduce": Traffic(1, 32 + 16),
         "collective-permute": Traffic(1, 32, unknown=1),
-        "reduce-scatter": Traffic(2, 64),
+        "reduce-scatter": Traffic(3, 64 + 32),
     }
 
 
