@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+
+from composer_jax.models.convolution import convolve, convolve_doubled
 
 ZEROS = nnx.initializers.zeros_init()  # for the last layer of a branch around a skip
 MASKED = -1e9  # what a token that must not be seen gets in its attention logits; finite, no NaN
@@ -66,97 +67,15 @@ def depth_to_space(x: Float[Array, "b h w d"], factor: int) -> Float[Array, "b H
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, -1)
 
 
-# F(m x m, 3 x 3) of arXiv 1509.09308 by m, the transforms of data, kernel and result: B^T, G, A^T.
-WINOGRAD = {
-    2: (
-        [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
-        [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
-        [[1, 1, 1, 0], [0, 1, -1, -1]],
-    ),
-    4: (
-        [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-         [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]],
-        [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
-         [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
-        [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
-    ),
-}  # fmt: skip
-
-
-def _kron(matrix, x) -> jax.Array:
-    """The Kronecker square of `matrix` [r, s] over the first axis of x [s^2, ...]: [r^2, ...]."""
-    square = jnp.asarray(np.kron(matrix, matrix), x.dtype)
-    return jax.lax.dot(square, x.reshape(len(x), -1)).reshape(-1, *x.shape[1:])
-
-
-@partial(jax.jit, static_argnums=1)
-def winograd_kernel(kernel, m: int) -> jax.Array:
-    """The transform of a kernel [3, 3, C, D], on CPU: [(m + 2)^2, C, D], for `_winograd`."""
-
-    def transformed(kernel):
-        return _kron(WINOGRAD[m][1], kernel.reshape(9, *kernel.shape[2:]))
-
-    def unused(kernel):
-        return jnp.zeros(((m + 2) ** 2, *kernel.shape[2:]), kernel.dtype)
-
-    return jax.lax.platform_dependent(kernel, cpu=transformed, default=unused)
-
-
-def _winograd(x, kernel_KxCxD, m: int) -> jax.Array:
-    """The 3 x 3 convolution of x [B, H, W, C], padded by 1, by Winograd's minimal filtering.
-
-    The transformed kernel is 16/9 as large with m = 2 and 4 times as large with m = 4, which is for
-    large maps, whose kernels are small. Relative errors (L2) are 6e-7 and 4e-6, a direct
-    convolution's 4e-7.
-    """
-    _, height, width, c_in = x.shape
-    transform, _, back = WINOGRAD[m]
-    c_out = kernel_KxCxD.shape[2]
-    h, w = -(-height // m), -(-width // m)
-    x = jnp.pad(x, ((0, 0), (1, 1 + m * h - height), (1, 1 + m * w - width), (0, 0)))
-    rows = jnp.stack([x[:, i : i + m * h : m] for i in range(m + 2)])
-    tiles = jnp.stack([rows[:, :, :, j : j + m * w : m] for j in range(m + 2)], axis=1)
-    tiles_KxBxhxwxC = tiles.reshape(-1, *tiles.shape[2:])
-    x_KxNxC = _kron(transform, tiles_KxBxhxwxC).reshape(len(tiles_KxBxhxwxC), -1, c_in)
-    y_MxNxD = _kron(back, jax.lax.batch_matmul(x_KxNxC, kernel_KxCxD))
-    y_mxmxBxhxwxD = y_MxNxD.reshape(m, m, -1, h, w, c_out)
-    y = y_mxmxBxhxwxD.transpose(2, 3, 0, 4, 1, 5).reshape(-1, m * h, m * w, c_out)
-    return y[:, :height, :width]
-
-
-@jax.named_scope("convolution")
-def _convolve(x, kernel, strides, padding, **options) -> jax.Array:
-    # On CPU, XLA's convolution takes 1.5 to 5 times Winograd's time from about 64 channels on: the
-    # more, the deeper the level. Maps above 64 x 64 would need too much memory for their tiles.
-    direct = partial(
-        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options
-    )
-    if (
-        strides != (1, 1)
-        or padding != [(1, 1), (1, 1)]
-        or x.dtype != jnp.float32
-        or min(kernel.shape[2:]) < 64
-        or x.shape[1] * x.shape[2] > 64 * 64
-    ):
-        return direct(x, kernel)
-    m = 4 if x.shape[1] * x.shape[2] >= 32 * 32 else 2
-    return jax.lax.platform_dependent(
-        x,
-        kernel,
-        winograd_kernel(kernel, m),
-        cpu=lambda x, kernel, transformed: _winograd(x, transformed, m),
-        default=lambda x, kernel, transformed: direct(x, kernel),
-    )
-
-
 def conv3(c_in: int, c_out: int, *, stride: int = 1, padding=1, **options) -> nnx.Conv:
     """A 3 x 3 convolution; `options` are `nnx.Conv`'s."""
-    options["conv_general_dilated"] = _convolve
+    options = {"conv_general_dilated": convolve} | options
     return nnx.Conv(c_in, c_out, (3, 3), strides=stride, padding=padding, **_start(options))
 
 
 @jax.named_scope("linear")
-def _matmul(x, kernel, *_, precision=None, **__) -> jax.Array:
+def matmul(x, kernel, *_, precision=None, **__) -> jax.Array:
+    """x [..., C] times a kernel [C, D], or that of a 1 x 1 convolution: [..., D]."""
     # XLA's CPU backend computes a kernel's gradient up to five times slower where x has more than
     # two axes, or where the product is written as a 1 x 1 convolution. On TPUs a flat x costs
     # copies: its layout cannot be the one that the attention's kernel wants.
@@ -170,12 +89,12 @@ def _matmul(x, kernel, *_, precision=None, **__) -> jax.Array:
 
 def linear(c_in: int, c_out: int, **options) -> nnx.Linear:
     """A linear layer over the last axis; `options` are `nnx.Linear`'s."""
-    return nnx.Linear(c_in, c_out, dot_general=_matmul, **_start(options))
+    return nnx.Linear(c_in, c_out, dot_general=matmul, **_start(options))
 
 
 def conv1(c_in: int, c_out: int, **options) -> nnx.Conv:
     """A 1 x 1 convolution; `options` are `nnx.Conv`'s."""
-    return nnx.Conv(c_in, c_out, (1, 1), conv_general_dilated=_matmul, **_start(options))
+    return nnx.Conv(c_in, c_out, (1, 1), conv_general_dilated=matmul, **_start(options))
 
 
 def group_norm(channels: int, groups: int, eps: float, *, dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -235,11 +154,12 @@ class Upsample(nnx.Module):
     """Doubles height and width by nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        self.conv = conv3(channels, channels, dtype=dtype, rngs=rngs)
+        options = {"conv_general_dilated": convolve_doubled, "dtype": dtype, "rngs": rngs}
+        self.conv = conv3(channels, channels, **options)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
         """x [B, H, W, C]; returns [B, 2H, 2W, C]."""
-        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+        return self.conv(x)
 
 
 def _attend_on_cpu(q, k, v, bias) -> jax.Array:

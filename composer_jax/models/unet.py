@@ -25,6 +25,7 @@ from composer_jax.models.blocks import (
     linear,
     space_to_depth,
 )
+from composer_jax.models.feedforward import FeedForward
 from composer_jax.models.vae import check_sizes, check_widths, strict
 
 REMAT = ("none", "attention", "blocks")  # what is computed again for the gradient, not kept
@@ -125,31 +126,6 @@ class TimestepEmbedding(nnx.Module):
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
         """x [B, D]; returns [B, E]."""
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
-
-
-class GEGLU(nnx.Module):
-    """A linear layer whose one half gates the other (arXiv 2002.05202)."""
-
-    def __init__(self, width: int, hidden: int, *, dtype, rngs: nnx.Rngs):
-        self.proj = linear(width, 2 * hidden, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n d"]:
-        """x [B, N, C]; returns [B, N, hidden]."""
-        x, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return x * jax.nn.gelu(gate, approximate=False)
-
-
-class FeedForward(nnx.Module):
-    """GEGLU and a linear layer; `net.1` is diffusers' dropout, which has no tensors."""
-
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
-        gate = GEGLU(width, 4 * width, dtype=dtype, rngs=rngs)
-        out = linear(4 * width, width, dtype=dtype, rngs=rngs)
-        self.net = nnx.Dict({"0": gate, "2": out})
-
-    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """x [B, N, C]; returns the same shape."""
-        return self.net["2"](self.net["0"](x))
 
 
 class TransformerBlock(nnx.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from composer_jax.models.blocks import winograd_kernel
+from composer_jax.models.convolution import winograd_kernel
 
 ONCE = (winograd_kernel.__name__,)  # jitted functions of weights alone
 

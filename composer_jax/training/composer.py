@@ -127,6 +127,8 @@ def composer_loss(
         return latent, eps, t, draw_presence(keys[3]), values
 
     x0, eps, t, presence, values = jax.vmap(draw)(keys, images, batch["moments"], batch["stored"])
+    # drawn as they are: else XLA for TPUs folds every mask that a map is chosen by, not the map
+    values = jax.lax.optimization_barrier(values)
     t_Bx1x1x1 = t[:, None, None, None]
     x_t = process.diffuse(x0, eps, t_Bx1x1x1)
     encoded, absent = composer.encode(values), composer.encode_absent()
