@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 log = logging.getLogger("composer_jax")
@@ -85,6 +86,7 @@ class Checkpoints:
                     aside = self._folder / f"{other}.broken"
                     shutil.rmtree(aside, ignore_errors=True)
                     (self._folder / str(other)).rename(aside)
+            multihost_utils.sync_global_devices("set aside")
             self._manager.reload()
             return step, state, notes
         if broken:
@@ -93,10 +95,26 @@ class Checkpoints:
         return 0, None, {}
 
     def _read(self, step: int, abstract) -> tuple[Any, dict]:
-        args = ocp.args.Composite(
-            **{STATE: ocp.args.StandardRestore(abstract), NOTES: ocp.args.JsonRestore()}
-        )
-        found = self._manager.restore(step, args=args)
+        """State and notes, or the same failure in every process.
+
+        Each reads its own part without waiting for the others, who may have no damage in theirs.
+        """
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(own, {own}, f"process_{own}")
+        options = {"multiprocessing_options": alone}
+        handlers = {
+            STATE: ocp.StandardCheckpointHandler(**options),
+            NOTES: ocp.JsonCheckpointHandler(**options),
+        }
+        args = {STATE: ocp.args.StandardRestore(abstract), NOTES: ocp.args.JsonRestore()}
+        reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers), **options)
+        failure = None
+        try:
+            found = reader.restore(self._folder / str(step), ocp.args.Composite(**args))
+        except Exception as error:  # by tensorstore, orbax, json or the system
+            failure = error
+        if not np.all(multihost_utils.process_allgather(failure is None)):
+            raise failure or ValueError("another process cannot read its part")
         state, notes = found[STATE], dict(found[NOTES])
         if notes.pop(DIGEST) != digest(state):
             raise ValueError("its numbers are not those that were written")
