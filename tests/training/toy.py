@@ -5,6 +5,7 @@ python toy.py WORKDIR STEPS [KEY=VALUE of Settings ...]
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -18,11 +19,15 @@ from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import make_mesh
 
 TRUTH = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+BALLAST = "TOY_BALLAST"  # in the environment
 MESH = {"data": -1, "fsdp": 1, "tensor": 1}
 
 
 def init():
-    return {"layer": {"kernel": jnp.zeros((16, 8)), "bias": jnp.zeros(8)}}
+    params = {"layer": {"kernel": jnp.zeros((16, 8)), "bias": jnp.zeros(8)}}
+    if BALLAST in os.environ:  # no gradient, but enough for every process to write files of its own
+        params["ballast"] = {"kernel": jax.random.normal(jax.random.key(0), (256, 128))}
+    return params
 
 
 def loss(params, batch, keys):
