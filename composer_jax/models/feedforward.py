@@ -16,7 +16,7 @@ from composer_jax.models.blocks import linear, matmul
 def gated(x: Float[Array, "b n c"], bias: Float[Array, " c"]) -> Float[Array, "b n d"]:
     """(x1 + b1) gelu(x2 + b2) for x1, x2 the halves of x [B, N, 2 D], b1, b2 of `bias` [2 D].
 
-    Its gradient keeps x alone, where JAX's own keeps three arrays more, and sums up the bias' half
+    Its gradient keeps its inputs alone, where JAX's own keeps more, and sums up the bias' half
     by half: on TPUs that is then no pass of its own. A feed-forward layer at 64 x 64 x 320, forward
     and backward on v5p by the compiler's estimate: 0.52 to 0.43 ms.
     """
