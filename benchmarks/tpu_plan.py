@@ -3,13 +3,17 @@
     pip install -e '.[tpu]' 'diffusers>=0.35,<0.36'
     python benchmarks/tpu_plan.py                      v5p:2x2x1, batch 4 a chip, fsdp 4
     python benchmarks/tpu_plan.py --preset sd21
-    python benchmarks/tpu_plan.py --weak               v5e 4x4 and 16x16, the same batch a chip
+    python benchmarks/tpu_plan.py --weak               ours on v5e:4x4 and v5e:16x16, batch 8 a chip
 
 Both take gradients of the UNet and update it with AdamW in bfloat16 over float32 parameters; ours
 also encodes eight conditions from 512 px, draws them and keeps an average. Times are the compiler's
 estimates, in two columns: as it makes them, and with the fused attention's arithmetic, which is
 told to the compiler in full (heads padded to 128, logits computed again), at SHARE of the peak
 instead of all of it. `--peer-options` gives diffusers the compiler options that our training takes.
+
+`--weak` splits the state over 16 chips (fsdp) and the examples over all, and prints the collectives
+of a step: their bytes, how many of these are sent while something is computed, and the time of all
+and of the others, at the speed of the links that they have, as a share of the estimated step.
 """
 
 import argparse
@@ -27,28 +31,28 @@ from jax.sharding import NamedSharding, PartitionSpec
 from composer_jax.models.unet import PRESETS
 from composer_jax.training import plan
 from composer_jax.training.config import load_config
-from composer_jax.training.hardware import chip_of, devices_of
+from composer_jax.training.hardware import Chip, chip_of, devices_of
 from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
 
 SHARE = 0.6  # of the peak, that a fused attention reaches
+SPLIT = 16  # chips that share one state when a batch grows with the chips
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=("sd15", "sd21"), default="sd15")
     parser.add_argument("--topology", default="v5p:2x2x1")
-    parser.add_argument("--per-chip", type=int, default=4)
+    parser.add_argument("--per-chip", type=int, help="default: 4, with --weak 8")
     parser.add_argument("--only", choices=("ours", "diffusers"))
     parser.add_argument("--peer-options", action="store_true")
-    parser.add_argument("--weak", action="store_true")
+    parser.add_argument("--weak", nargs="*", metavar="TOPOLOGY")
     args = parser.parse_args()
-    if args.weak:
-        for topology in ("v5e:4x4", "v5e:16x16"):
-            weak(args.preset, topology, args.per_chip)
+    if args.weak is not None:
+        weak(args.preset, args.weak or ["v5e:4x4", "v5e:16x16"], args.per_chip or 8)
         return
-    devices = devices_of(args.topology)
-    batch, chip = args.per_chip * len(devices), chip_of(devices[0].device_kind)
-    print(f"{args.preset}, {args.topology}, batch {args.per_chip} a chip, fsdp {len(devices)}")
+    devices, each = devices_of(args.topology), args.per_chip or 4
+    batch, chip = each * len(devices), chip_of(devices[0].device_kind)
+    print(f"{args.preset}, {args.topology}, batch {each} a chip, fsdp {len(devices)}")
     columns = "XLA ms, kernels at a share ms, TFLOP, GB moved, temporaries GiB, compiled in s"
     print(f"{'':12s}{columns}", flush=True)
     times = {}
@@ -61,7 +65,7 @@ def main() -> None:
         print(f"ours / diffusers: {xla:.3f} by XLA, {honest:.3f} with kernels at {SHARE:.0%}")
 
 
-def report(name: str, cost: plan.Cost, text: str, chip) -> tuple[float, float]:
+def report(name: str, cost: plan.Cost, text: str, chip: Chip) -> tuple[float, float]:
     """Prints a row; returns the compiler's seconds, and those with kernels at SHARE of the peak."""
     if cost.seconds is None:
         raise SystemExit(f"{name}: the compiler's estimate makes no sense")
@@ -89,19 +93,20 @@ def kernel_flops(text: str) -> tuple[int, float]:
     return len(calls), float(sum(int(found[1]) for found in told))
 
 
-def configured(preset: str):
+def configured(preset: str, fsdp: int):
     """The config of our composer at a preset's size."""
     config = load_config(f"{preset}_composer")
     with config.unlocked():
-        config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+        config.mesh = {"data": -1, "fsdp": fsdp, "tensor": 1}
         config.image_size, config.codec = 512, "a/codec"
     return config
 
 
-def ours(preset: str, devices: list, batch: int, _=False) -> tuple[plan.Cost, str]:
-    """Our whole train step."""
+def ours(preset: str, devices: list, batch: int, _=False, fsdp=None) -> tuple[plan.Cost, str]:
+    """Our whole train step, its state split over `fsdp` devices, or over all."""
     start = time.perf_counter()
-    compiled, text = plan.compile_step(configured(preset), devices, batch)
+    config = configured(preset, fsdp or len(devices))
+    compiled, text = plan.compile_step(config, devices, batch)
     seconds = time.perf_counter() - start
     return plan.measure(compiled, text, batch, len(devices), seconds), text
 
@@ -162,19 +167,48 @@ def peer(preset: str, devices: list, batch: int, same: bool) -> tuple[plan.Cost,
     return plan.measure(compiled, text, batch, len(devices), seconds), text
 
 
-def weak(preset: str, topology: str, per_chip: int) -> None:
-    """Prints what our step sends on a topology, and its time at all links' speed together."""
-    devices = devices_of(topology)
-    chip = chip_of(devices[0].device_kind)
-    cost, _ = ours(preset, devices, per_chip * len(devices))
-    sent = sum(traffic.bytes for traffic in cost.collectives.values())
-    print(f"{topology}: peak {cost.peak / 2**30:.1f} GiB, compiled in {cost.compile_seconds:.0f} s")
-    print(f"    estimate {cost.seconds * 1e3:.1f} ms" if cost.seconds else "    no estimate")
-    seconds = sent / chip.link
-    print(f"    {sent / 1e9:.2f} GB a chip and step in collectives: {seconds * 1e3:.1f} ms at "
-          f"{chip.link / 1e9:.0f} GB/s", flush=True)  # fmt: skip
-    for kind, traffic in cost.collectives.items():
-        print(f"{'':12s}{kind}: {traffic.count}, {traffic.bytes / 1e9:.2f} GB")
+def weak(preset: str, topologies: list[str], per_chip: int) -> None:
+    """Prints what our step sends on each topology, and how the bytes grow from the first on."""
+    first = None
+    for topology in topologies:
+        devices = devices_of(topology)
+        chip, links = chip_of(devices[0].device_kind), links_used(devices)
+        cost, _ = ours(preset, devices, per_chip * len(devices), fsdp=SPLIT)
+        if cost.seconds is None:
+            raise SystemExit(f"{topology}: the compiler's estimate makes no sense")
+        speed, total = chip.link * links, sum(t.bytes for t in cost.collectives.values())
+        first = first or total
+        whole, waited = (seconds / cost.seconds for seconds in link_seconds(cost, speed))
+        estimate, peak = f"{cost.seconds * 1e3:.1f} ms", f"{cost.peak / 2**30:.1f} GiB"
+        print(f"{preset} on {topology}, batch {per_chip} a chip: estimate {estimate}, peak {peak}, "
+              f"compiled in {cost.compile_seconds:.0f} s")  # fmt: skip
+        print(f"    collectives: {total / 1e9:.2f} GB a chip and step, {total / first:.3f} of the "
+              f"first topology's;\n    at {speed / 1e9:.0f} GB/s {whole:.1%} of the step, of which "
+              f"{waited:.1%} with nothing computed meanwhile")  # fmt: skip
+        for kind, traffic in cost.collectives.items():
+            said = f"{traffic.bytes / 1e9:.2f} GB, {traffic.hidden / 1e9:.2f} hidden"
+            print(f"{'':8s}{kind}: {traffic.count}, {said}", flush=True)
+
+
+def links_used(devices: list) -> float:
+    """The share of a chip's links that lead along a group of chips which share a state."""
+    group = make_mesh(data=-1, fsdp=SPLIT, devices=devices).devices[0, :, 0]
+
+    def extent(chips) -> int:
+        return sum(len(set(axis)) > 1 for axis in zip(*(c.coords for c in chips), strict=True))
+
+    return extent(group) / extent(devices)
+
+
+def link_seconds(cost: plan.Cost, speed: float) -> tuple[float, float]:
+    """Seconds on the links: of all collectives, and of those while which nothing is computed."""
+
+    def passes(kind: str) -> int:
+        return 2 if kind == "all-reduce" else 1  # a ring reduces, then gathers
+
+    every = sum(passes(kind) * t.bytes for kind, t in cost.collectives.items())
+    hidden = sum(passes(kind) * t.hidden for kind, t in cost.collectives.items())
+    return every / speed, (every - hidden) / speed
 
 
 if __name__ == "__main__":

@@ -146,6 +146,9 @@ def table(report: dict, chip: Chip | None) -> str:
         lines.append(("a whole run", f"{report['images']:,.0f} images: {whole}"))
     for kind, traffic in report["collectives"].items():
         said = f"{traffic['count']}, {readable(traffic['bytes'])} a device and step"
+        if traffic["hidden"]:
+            share = traffic["hidden"] / traffic["bytes"]
+            said += f", {share:.0%} of it while something is computed"
         if traffic["unknown"]:
             said += f"; {traffic['unknown']} of them in loops of unknown length, counted once"
         lines.append((kind, said))

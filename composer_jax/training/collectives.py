@@ -11,21 +11,25 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY\s+)?%?([\w.\-]+)\s.*\{\s*$")
-_OPERATION = re.compile(r"^\s*(?:ROOT\s+)?%?[\w.\-]+ = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
+_OPERATION = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
 _TRIPS = re.compile(r'known_trip_count":?\s*\{\s*"n":\s*"?(\d+)')
 _CALLED = re.compile(r"(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_WORK = ("fusion", "convolution", "dot", "custom-call", "while", "conditional", "call")
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Collectives of one kind in one step: how many run, and the bytes of their results.
 
-    `unknown`: those in loops whose number of rounds the text does not say, counted once.
+    `hidden`: bytes of those that are under way while something is computed. `unknown`: how many are
+    in loops whose number of rounds the text does not say, counted once.
     """
 
     count: int = 0
     bytes: int = 0
+    hidden: int = 0
     unknown: int = 0
 
 
@@ -33,21 +37,31 @@ def collectives(text: str) -> dict[str, Traffic]:
     """Traffic by kind, of a program's HLO text; an asynchronous one counts at its start.
 
     An all-reduce's and a permutation's bytes are its result's, a gather's the gathered, a
-    reduce-scatter's the reduced before it is split: what passes through one device, about.
+    reduce-scatter's the reduced before it is split: what passes through one device, about. XLA for
+    TPUs writes a collective that goes on within fusions into each of them: it counts once.
     """
     bodies, entry = _computations(text)
     found: dict[str, Traffic] = {}
+    fused: set[tuple[str, str]] = set()
 
-    def walk(name: str, times: int, sure: bool) -> None:
-        for shape, op, rest in bodies.get(name, ()):
+    def walk(name: str, times: int, sure: bool, hidden: bool) -> None:
+        operations = bodies.get(name, [])
+        for index, (own, shape, op, rest) in enumerate(operations):
+            beside = hidden or _overlaps(operations, index, own, op)
             kind = op.removesuffix("-start")
             if kind in KINDS:
                 if name.startswith("all-reduce-scatter"):  # how TPUs spell it: reduced, then split
                     kind = "reduce-scatter"
-                old = found.get(kind, Traffic())
+                if "async_collective_fusion_config" in rest:
+                    beside, channel = True, (kind, _CHANNEL.search(rest)[1])
+                    if channel in fused:
+                        continue
+                    fused.add(channel)
+                old, size = found.get(kind, Traffic()), times * _moved(op, shape, rest)
                 found[kind] = Traffic(
                     old.count + times,
-                    old.bytes + times * _moved(op, shape, rest),
+                    old.bytes + size,
+                    old.hidden + beside * size,
                     old.unknown + (not sure),
                 )
                 continue
@@ -58,14 +72,27 @@ def collectives(text: str) -> dict[str, Traffic]:
             for names in _BRANCHES.findall(rest):
                 called += [word.strip().lstrip("%") for word in names.split(",")]
             for callee in called:
-                walk(callee, inner, known)
+                walk(callee, inner, known, beside)
 
-    walk(entry, 1, True)
+    walk(entry, 1, True, False)
     return dict(sorted(found.items()))
 
 
+def _overlaps(operations: list, index: int, own: str, op: str) -> bool:
+    """Whether work is scheduled between an operation's start and its end."""
+    if not op.endswith("-start"):
+        return False
+    end = re.compile(rf"(?<![\w.\-]){re.escape(own)}(?![\w.\-])")
+    for _, _, later, rest in operations[index + 1 :]:
+        if later in _WORK:
+            return True
+        if later.endswith("-done") and end.search(rest):
+            return False
+    return False
+
+
 def _computations(text: str) -> tuple[dict[str, list], str]:
-    """Operations (shape, name, the rest of the line) by computation, and which one is the entry."""
+    """Operations (name, shape, op, the rest of the line) by computation, and which is the entry."""
     bodies: dict[str, list] = {}
     entry, current = "", None
     for line in text.splitlines():

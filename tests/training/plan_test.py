@@ -37,7 +37,22 @@ HLO = """HloModule jit_step
   ROOT %slice = bf16[4]{0} dynamic-slice(%reduced, %offset), dynamic_slice_sizes={4}
 }
 
+%async_collective_fusion.1 (x: bf16[8]) -> bf16[32] {
+  %begun = bf16[32]{0} all-gather(%x), channel_id=7, dimensions={0}, \
+backend_config={"async_collective_fusion_config":{"flag_end":"-1"}}
+}
+
+%async_collective_fusion.2 (x: bf16[8]) -> bf16[32] {
+  %continued = bf16[32]{0} all-gather(%x), channel_id=7, dimensions={0}, \
+backend_config={"async_collective_fusion_config":{"flag_end":"8"}}
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
+  %within = bf16[32]{0} fusion(%half), kind=kOutput, calls=%async_collective_fusion.1
+  %after = bf16[32]{0} fusion(%half), kind=kOutput, calls=%async_collective_fusion.2
+  %ahead = (f32[8]{0}, f32[32]{0}) all-gather-start(%p), dimensions={0}
+  %work = f32[8]{0} fusion(%p), kind=kLoop, calls=%add
+  %here = f32[32]{0} all-gather-done(%ahead)
   %fused = bf16[4]{0} fusion(%half), kind=kCustom, calls=%all-reduce-scatter.1
   %all = (f32[8]{0}, bf16[4,2]{1,0}) all-reduce(%a, %b), to_apply=%add
   %start = (f32[8]{0}, f32[32]{0}) all-gather-start(%p), dimensions={0}
@@ -51,9 +66,9 @@ backend_config={"known_trip_count":{"n":"3"}}
 """
 
 
-def test_collectives_are_counted_once_and_as_often_as_loops_go_round():
+def test_collectives_count_once_or_as_often_as_loops_go_round_and_hide_behind_work():
     assert collectives(HLO) == {
-        "all-gather": Traffic(1 + 3, 128 + 3 * 128),
+        "all-gather": Traffic(1 + 1 + 1 + 3, 64 + 128 + 128 + 3 * 128, hidden=64 + 128),
         "all-reduce": Traffic(1, 32 + 16),
         "collective-permute": Traffic(1, 32, unknown=1),
         "reduce-scatter": Traffic(3, 64 + 32),
