@@ -16,6 +16,7 @@ _TRIPS = re.compile(r'known_trip_count":?\s*\{\s*"n":\s*"?(\d+)')
 _CALLED = re.compile(r"(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _WORK = ("fusion", "convolution", "dot", "custom-call", "while", "conditional", "call")
 
 
@@ -65,9 +66,8 @@ def collectives(text: str) -> dict[str, Traffic]:
                     old.unknown + (not sure),
                 )
                 continue
-            trips = _TRIPS.search(rest) if op == "while" else None
-            known = sure and (op != "while" or trips is not None)
-            inner = times * (int(trips[1]) if trips else 1)
+            rounds = _rounds(bodies, name, rest) if op == "while" else 1
+            known, inner = sure and rounds is not None, times * (rounds or 1)
             called = _CALLED.findall(rest)
             for names in _BRANCHES.findall(rest):
                 called += [word.strip().lstrip("%") for word in names.split(",")]
@@ -76,6 +76,48 @@ def collectives(text: str) -> dict[str, Traffic]:
 
     walk(entry, 1, True, False)
     return dict(sorted(found.items()))
+
+
+def _rounds(bodies: dict[str, list], name: str, rest: str) -> int | None:
+    """How often a loop in computation `name` goes round: as told, or counted, or None.
+
+    Counted are loops while i < n whose start, step and n are constants: XLA's own, which send one
+    part while they compute with another, and of which it does not tell.
+    """
+    told, loop = _TRIPS.search(rest), _LOOP.search(rest)
+    if told or not loop:
+        return int(told[1]) if told else None
+    outer, condition, body = (
+        {own: (op, more) for own, _, op, more in bodies.get(where, ())}
+        for where in (name, *loop.groups())
+    )
+    tests = [more for op, more in condition.values() if op == "compare" and "direction=LT" in more]
+    counter, limit = _arguments(tests[0]) if len(tests) == 1 else ("", "")
+    index = re.search(r"index=(\d+)", condition.get(counter, ("", ""))[1])
+    if not index:
+        return None
+
+    def element(inside: dict, own: str) -> str:  # of a tuple: what the counter is
+        return _arguments(inside[own][1])[int(index[1])] if inside[own][0] == "tuple" else ""
+
+    start, last = element(outer, _arguments(rest)[0]), element(body, list(body)[-1])
+    op, more = body.get(last, ("", ""))
+    step = _constant(body, _arguments(more)[-1]) if op == "add" else None
+    first, end = _constant(outer, start), _constant(condition, limit)
+    return None if None in (first, end) or not step else max(0, -((first - end) // step))
+
+
+def _arguments(rest: str) -> list[str]:
+    """Names of an operation's operands, from what follows its opening bracket."""
+    return re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+
+
+def _constant(inside: dict, own: str) -> int | None:
+    """The integer that a name stands for, through copies."""
+    op, more = inside.get(own, ("", ""))
+    if op == "copy":
+        return _constant(inside, _arguments(more)[0])
+    return int(more.split(")")[0]) if op == "constant" and more[:1].isdigit() else None
 
 
 def _overlaps(operations: list, index: int, own: str, op: str) -> bool:

@@ -32,6 +32,20 @@ HLO = """HloModule jit_step
   %sent = bf16[16]{0} collective-permute(%x), source_target_pairs={{0,1}}
 }
 
+%below_eight (arg: (s32[], f32[8])) -> pred[] {
+  %eight = s32[] constant(8)
+  %counter = s32[] get-tuple-element(%arg), index=0
+  ROOT %test = pred[] compare(%counter, %eight), direction=LT
+}
+
+%by_twos (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %two = s32[] constant(2)
+  %counted = s32[] get-tuple-element(%arg), index=0
+  %passed = bf16[16]{0} collective-permute(%x), source_target_pairs={{0,1}}
+  %next = s32[] add(%counted, %two)
+  ROOT %both = (s32[], f32[8]) tuple(%next, %x)
+}
+
 %all-reduce-scatter.1 (input: bf16[16]) -> bf16[4] {
   %reduced = bf16[16]{0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
   ROOT %slice = bf16[4]{0} dynamic-slice(%reduced, %offset), dynamic_slice_sizes={4}
@@ -61,6 +75,10 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %split = f32[2]{0} reduce-scatter(%p), replica_groups=[1,4]<=[4], to_apply=%add
   %loop = (s32[], f32[8]{0}) while(%t), condition=%cond, body=%body, \
 backend_config={"known_trip_count":{"n":"3"}}
+  %zero = s32[] constant(0)
+  %begin = s32[] copy(%zero)
+  %pair = (s32[], f32[8]) tuple(%begin, %p)
+  %four = (s32[], f32[8]{0}) while(%pair), condition=%below_eight, body=%by_twos
   ROOT %endless = (s32[], f32[8]{0}) while(%t), condition=%cond, body=%other
 }
 """
@@ -70,7 +88,7 @@ def test_collectives_count_once_or_as_often_as_loops_go_round_and_hide_behind_wo
     assert collectives(HLO) == {
         "all-gather": Traffic(1 + 1 + 1 + 3, 64 + 128 + 128 + 3 * 128, hidden=64 + 128),
         "all-reduce": Traffic(1, 32 + 16),
-        "collective-permute": Traffic(1, 32, unknown=1),
+        "collective-permute": Traffic(4 + 1, 4 * 32 + 32, unknown=1),
         "reduce-scatter": Traffic(3, 64 + 32),
     }
 
