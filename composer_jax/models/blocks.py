@@ -285,5 +285,28 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n c"], projected=None, bias=None):
         """x [B, N, C] over `projected` (of `project`), or over itself; returns [B, N, C]."""
-        k, v = self.project(x) if projected is None else projected
-        return self.to_out[0](attend(self.to_q(x), k, v, self.heads, bias))
+        if projected is None:
+            return self.to_out[0](self._over_itself(x))
+        return self.to_out[0](attend(self.to_q(x), *projected, self.heads, bias))
+
+    def _over_itself(self, x: Float[Array, "b n c"]) -> Float[Array, "b n d"]:
+        def apart(x, *_):
+            return attend(self.to_q(x), *self.project(x), self.heads)
+
+        batch, n, _ = x.shape
+        if x.dtype != jnp.bfloat16 or self.to_q.bias is not None:
+            return apart(x)
+        from composer_jax.models import fused  # as in `attend`
+
+        kernel = fused.split(fused.packed_attention, batch, self.heads)
+        if kernel is None or not fused.pays(n, n):
+            return apart(x)
+
+        def packed(x, *kernels):  # one product, whose result the kernel takes as it is
+            width, heads = x.shape[2], self.heads
+            kernel_CxHx3xD = jnp.stack([k.reshape(width, heads, -1) for k in kernels], axis=2)
+            qkv = matmul(x, kernel_CxHx3xD.reshape(width, -1))
+            return kernel(qkv.reshape(batch, n, heads, 3, -1)).reshape(batch, n, -1)
+
+        kernels = (layer.kernel[...].astype(x.dtype) for layer in (self.to_q, self.to_k, self.to_v))
+        return jax.lax.platform_dependent(x, *kernels, tpu=packed, default=apart)

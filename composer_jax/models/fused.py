@@ -42,8 +42,16 @@ def attention(q, k, v, bias=None, interpret: bool = False) -> jax.Array:
     return _attention(q, k, v, bias.astype(jnp.float32), interpret).transpose(0, 3, 1, 2)
 
 
+def packed_attention(qkv, interpret: bool = False) -> jax.Array:
+    """`attention` of a sequence over itself, from its projection qkv [B, N, H, 3, D].
+
+    Returns [B, N, H, D]; the gradient is one array, too. N is such as `pays` allows.
+    """
+    return _packed(qkv.transpose(0, 2, 3, 4, 1), interpret).transpose(0, 3, 1, 2)
+
+
 def split(kernel: Callable[..., jax.Array], batch: int, heads: int) -> Callable | None:
-    """`kernel` of [B, N, H, D] arrays on each device's own examples and heads, by the context's
+    """`kernel` of [B, N, H, ...] arrays on each device's own examples and heads, by the context's
     mesh (`jax.set_mesh`); None where that is missing on several devices, or leaves examples over.
 
     XLA splits no kernel by itself. The axis "tensor" splits heads where it can, all others rows.
@@ -57,11 +65,9 @@ def split(kernel: Callable[..., jax.Array], batch: int, heads: int) -> Callable 
     tensor = "tensor" in mesh.axis_names and heads % mesh.shape["tensor"] == 0
     spec = PartitionSpec(rows, None, "tensor" if tensor else None)
 
-    def on_each(q, k, v, *bias):
-        specs = (spec,) * 3 + (PartitionSpec(rows),) * len(bias)
-        return jax.shard_map(kernel, in_specs=specs, out_specs=spec, check_vma=False)(
-            q, k, v, *bias
-        )
+    def on_each(*inputs):
+        specs = tuple(PartitionSpec(rows) if x.ndim == 2 else spec for x in inputs)  # 2: a bias
+        return jax.shard_map(kernel, in_specs=specs, out_specs=spec, check_vma=False)(*inputs)
 
     return on_each
 
@@ -77,18 +83,66 @@ def _attention(q, k, v, bias, interpret):
 
 
 def _forward(q, k, v, bias, interpret):
-    out, lse = _call(_forward_kernel, (q, k, v, bias[:, None, :, None]), interpret)
+    sizes = (*q.shape, k.shape[3])
+    inputs, outputs = _inputs(sizes, q, k, v, bias), _outputs(sizes, q.dtype)
+    scratch = _turned(sizes, q.dtype, 1)
+    out, lse = _call(_forward_kernel, sizes, inputs, outputs, scratch, 2, interpret)
     return out, (q, k, v, bias, out, lse)
 
 
 def _backward(interpret, kept, d_out):
     q, k, v, bias, out, lse = kept
-    inputs = (q, k, v, bias[:, None, :, None], out, lse, d_out)
-    dq, dk, dv, d_bias = _call(_backward_kernel, inputs, interpret)
+    sizes = (*q.shape, k.shape[3])
+    of_q, of_k, of_v, of_bias = _inputs(sizes, q, k, v, bias)
+    of_out, of_lse = _outputs(sizes, q.dtype)
+    kept = (out, of_out[1]), (lse, of_lse[1]), (d_out, of_out[1])
+    batch, heads, _, _, keys = sizes
+    d_bias = jax.ShapeDtypeStruct((batch, heads, keys, 1), jnp.float32)
+    column = pl.BlockSpec((1, 1, keys, 1), lambda b, h, i: (b, h, 0, 0))
+    scratch = _turned(sizes, q.dtype, 2) + _totals(sizes) + [pltpu.VMEM((keys, 1), jnp.float32)]
+    inputs, outputs = (of_q, of_k, of_v, of_bias, *kept), (of_q, of_k, of_v, (d_bias, column))
+    dq, dk, dv, d_bias = _call(_backward_kernel, sizes, inputs, outputs, scratch, 5, interpret)
     return dq, dk, dv, jnp.sum(d_bias, axis=(1, 3))
 
 
 _attention.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _packed(qkv, interpret):
+    return _packed_forward(qkv, interpret)[0]
+
+
+def _packed_forward(qkv, interpret):
+    sizes, inputs = _parts(qkv)
+
+    def kernel(q_ref, k_ref, v_ref, *rest):
+        _forward_kernel(q_ref, k_ref, v_ref, None, *rest)
+
+    outputs, scratch = _outputs(sizes, qkv.dtype), _turned(sizes, qkv.dtype, 1)
+    out, lse = _call(kernel, sizes, inputs, outputs, scratch, 2, interpret)
+    return out, (qkv, out, lse)
+
+
+def _packed_backward(interpret, kept, d_out):
+    qkv, out, lse = kept
+    sizes, inputs = _parts(qkv)
+    of_out, of_lse = _outputs(sizes, qkv.dtype)
+    inputs = *inputs, (out, of_out[1]), (lse, of_lse[1]), (d_out, of_out[1])
+    whole = pl.BlockSpec((1, 1, *qkv.shape[2:]), lambda b, h, i: (b, h, 0, 0, 0))
+
+    def kernel(q_ref, k_ref, v_ref, out_ref, lse_ref, d_out_ref, d_ref, *scratch):
+        block = q_ref.shape[3]
+        here = pl.ds(pl.program_id(2) * block, block)
+        parts = d_ref.at[:, :, 0, :, here], d_ref.at[:, :, 1], d_ref.at[:, :, 2]
+        given = q_ref, k_ref, v_ref, None, out_ref, lse_ref, d_out_ref
+        _backward_kernel(*given, *parts, None, *scratch, None)
+
+    scratch = _turned(sizes, qkv.dtype, 2) + _totals(sizes)
+    return tuple(_call(kernel, sizes, inputs, ((qkv, whole),), scratch, 5, interpret))
+
+
+_packed.defvjp(_packed_forward, _packed_backward)
 
 _dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 _NN, _NT = ((((1,), (i,)), ((), ())) for i in (0, 1))
@@ -100,7 +154,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, out_ref, lse_ref, k_LxD):
         k_LxD[...] = k_ref[0, 0].T
 
     q_DxN, v_DxL = _scaled(q_ref[0, 0]), v_ref[0, 0]
-    logits_LxN = _dot(k_LxD[...], q_DxN, _NN) + bias_ref[0, 0]
+    logits_LxN = _logits(k_LxD, q_DxN, bias_ref)
     top_1xN = jnp.max(logits_LxN, axis=0, keepdims=True)
     weight_LxN = jnp.exp(logits_LxN - top_1xN)
     sum_1xN = jnp.sum(weight_LxN, axis=0, keepdims=True)
@@ -113,21 +167,23 @@ def _backward_kernel(
     q_ref, k_ref, v_ref, bias_ref, out_ref, lse_ref, d_out_ref,
     dq_ref, dk_ref, dv_ref, d_bias_ref, k_LxD, v_LxD, dk_DxL, dv_DxL, d_bias_Lx1,
 ):  # fmt: skip
+    biased = bias_ref is not None
+
     @pl.when(pl.program_id(2) == 0)
     def _():
         k_LxD[...], v_LxD[...] = k_ref[0, 0].T, v_ref[0, 0].T
-        for total in (dk_DxL, dv_DxL, d_bias_Lx1):
+        for total in (dk_DxL, dv_DxL, d_bias_Lx1)[: 2 + biased]:
             total[...] = jnp.zeros_like(total)
 
     q_DxN, d_out_DxN = _scaled(q_ref[0, 0]), d_out_ref[0, 0]
     products_DxN = d_out_DxN.astype(jnp.float32) * out_ref[0, 0].astype(jnp.float32)
     delta_1xN = jnp.sum(products_DxN, axis=0, keepdims=True)
-    logits_LxN = _dot(k_LxD[...], q_DxN, _NN) + bias_ref[0, 0]
-    weight_LxN = jnp.exp(logits_LxN - lse_ref[0, 0])
+    weight_LxN = jnp.exp(_logits(k_LxD, q_DxN, bias_ref) - lse_ref[0, 0])
     dv_DxL[...] += _dot(d_out_DxN, weight_LxN.astype(q_DxN.dtype), _NT)
     d_weight_LxN = _dot(v_LxD[...], d_out_DxN, _NN)
     d_logits_LxN = weight_LxN * (d_weight_LxN - delta_1xN)
-    d_bias_Lx1[...] += jnp.sum(d_logits_LxN, axis=1, keepdims=True)
+    if biased:
+        d_bias_Lx1[...] += jnp.sum(d_logits_LxN, axis=1, keepdims=True)
     d_logits_LxN = d_logits_LxN.astype(q_DxN.dtype)
     dk_DxL[...] += _dot(q_DxN, d_logits_LxN, _NT)
     dq_ref[0, 0] = _scaled(_dot(k_ref[0, 0], d_logits_LxN, _NN)).astype(dq_ref.dtype)
@@ -136,54 +192,83 @@ def _backward_kernel(
     def _():
         dk_ref[0, 0] = dk_DxL[...].astype(dk_ref.dtype)
         dv_ref[0, 0] = dv_DxL[...].astype(dv_ref.dtype)
-        d_bias_ref[0, 0] = d_bias_Lx1[...]
+        if biased:
+            d_bias_ref[0, 0] = d_bias_Lx1[...]
+
+
+def _logits(k_LxD, q_DxN, bias_ref) -> jax.Array:
+    logits_LxN = _dot(k_LxD[...], q_DxN, _NN)
+    return logits_LxN if bias_ref is None else logits_LxN + bias_ref[0, 0]
 
 
 def _scaled(q_DxN) -> jax.Array:
     return q_DxN * len(q_DxN) ** -0.5
 
 
-def _call(kernel, inputs, interpret: bool):
-    q, k = inputs[:2]
-    batch, heads, width, n = q.shape
-    keys, forward = k.shape[3], kernel is _forward_kernel
-    block = block_of(n, keys)
-    queries = pl.BlockSpec((1, 1, width, block), lambda b, h, i: (b, h, 0, i))
-    whole = pl.BlockSpec((1, 1, width, keys), lambda b, h, i: (b, h, 0, 0))
-    row = pl.BlockSpec((1, 1, 1, block), lambda b, h, i: (b, h, 0, i))
-    column = pl.BlockSpec((1, 1, keys, 1), lambda b, h, i: (b, h, 0, 0))
+# Arrays and the blocks that a kernel takes of them. `sizes`: B, H, D, N, L.
+
+
+def _features(width: int, length: int, part=(), moving: bool = False) -> pl.BlockSpec:
+    """A head's [D, length] of [B, H, D, N], or of `part` i of [B, H, 3, D, N]."""
+    shape = (1, 1, *(None for _ in part), width, length)
+    return pl.BlockSpec(shape, lambda b, h, i: (b, h, *part, 0, i if moving else 0))
+
+
+def _inputs(sizes, q, k, v, bias):
+    _, _, width, n, keys = sizes
     every = pl.BlockSpec((1, 1, keys, 1), lambda b, h, i: (b, 0, 0, 0))
-    specs = [queries, whole, whole, every]
-    turned = pltpu.VMEM((keys, width), k.dtype)
-    if forward:
-        out_specs = [queries, row]
-        shapes = [q, jax.ShapeDtypeStruct((batch, heads, 1, n), jnp.float32)]
-        scratch = [turned]
-    else:
-        specs += [queries, row, queries]
-        out_specs = [queries, whole, whole, column]
-        shapes = [*inputs[:3], jax.ShapeDtypeStruct((batch, heads, keys, 1), jnp.float32)]
-        scratch = [turned] * 2 + [pltpu.VMEM((width, keys), jnp.float32)] * 2
-        scratch += [pltpu.VMEM((keys, 1), jnp.float32)]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
-    pairs = batch * heads * n * keys
-    padded = -(-width // LANES) * LANES
+    whole = _features(width, keys)
+    queries = _features(width, block_of(n, keys), moving=True)
+    return (q, queries), (k, whole), (v, whole), (bias[:, None, :, None], every)
+
+
+def _parts(qkv):
+    """Sizes and inputs of packed attention: one array, three times, by its parts."""
+    batch, heads, _, width, n = qkv.shape
+    queries = _features(width, block_of(n, n), (0,), moving=True)
+    specs = queries, *(_features(width, n, (part,)) for part in (1, 2))
+    return (batch, heads, width, n, n), tuple((qkv, spec) for spec in specs)
+
+
+def _outputs(sizes, dtype):
+    """The result and the logarithms of the softmax's sums."""
+    batch, heads, width, n, keys = sizes
+    block = block_of(n, keys)
+    row = pl.BlockSpec((1, 1, 1, block), lambda b, h, i: (b, h, 0, i))
+    out = jax.ShapeDtypeStruct((batch, heads, width, n), dtype)
+    lse = jax.ShapeDtypeStruct((batch, heads, 1, n), jnp.float32)
+    return (out, _features(width, block, moving=True)), (lse, row)
+
+
+def _turned(sizes, dtype, count: int) -> list:
+    return [pltpu.VMEM((sizes[4], sizes[2]), dtype)] * count
+
+
+def _totals(sizes) -> list:
+    return [pltpu.VMEM((sizes[2], sizes[4]), jnp.float32)] * 2
+
+
+def _call(kernel, sizes, inputs, outputs, scratch, products: int, interpret: bool):
+    """`products`: how many a pair of query and key takes part in: 2 forward, 5 backward."""
+    batch, heads, width, n, keys = sizes
+    pairs, padded = batch * heads * n * keys, -(-width // LANES) * LANES
+    arrays = {id(x): x for x, _ in (*inputs, *outputs)}.values()  # by parts is once
     cost = pl.CostEstimate(
-        flops=2 * (2 if forward else 5) * pairs * padded,
+        flops=2 * products * pairs * padded,
         transcendentals=pairs,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *shapes)),
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
     )
     return pl.pallas_call(
         kernel,
-        grid=(batch, heads, n // block),
-        in_specs=specs,
-        out_specs=out_specs,
-        out_shape=shapes,
+        grid=(batch, heads, n // block_of(n, keys)),
+        in_specs=[spec for _, spec in inputs],
+        out_specs=[spec for _, spec in outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         cost_estimate=cost,
         interpret=interpret,
-        name=f"attention_{'forward' if forward else 'backward'}",
-    )(*inputs)
+        name=f"attention_{'forward' if products == 2 else 'backward'}",
+    )(*(x for x, _ in inputs))

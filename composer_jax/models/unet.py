@@ -165,7 +165,8 @@ class Transformer(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"], context: Context, bias):
         """x [B, H, W, C]; takes its (k, v) off the front of `context`; returns x's shape."""
-        h = self.norm(x)
+        # apart, or XLA for TPUs turns the gradient into float32 where it only moves it
+        h = jax.lax.optimization_barrier(self.norm(x))
         if self.linear:
             h = self.proj_in(h.reshape(x.shape[0], -1, x.shape[3]))
         else:

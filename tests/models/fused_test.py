@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from composer_jax.models import fused
-from composer_jax.models.blocks import MASKED
+from composer_jax.models.blocks import MASKED, Attention
 from composer_jax.training.sharding import make_mesh
 
 
@@ -37,6 +38,38 @@ def test_output_and_gradients_are_those_of_plain_attention(
     for found, right in pairs:
         found, right = (np.asarray(x, np.float32) for x in (found, right))
         assert np.linalg.norm(found - right) < tolerance * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+def test_a_packed_projection_gives_what_its_parts_give(dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(fused, "LOGITS", 128 * 256)  # two blocks of queries
+    qkv = jax.random.normal(jax.random.key(0), (2, 256, 2, 3, 40), dtype)
+    d_out = jax.random.normal(jax.random.key(1), (2, 256, 2, 40), dtype)
+
+    def plain(qkv):
+        q, k, v = (qkv[:, :, :, i].astype(jnp.float32) for i in range(3))
+        return jax.nn.dot_product_attention(q, k, v)
+
+    out, pull = jax.vjp(lambda qkv: fused.packed_attention(qkv, interpret=True), qkv)
+    wanted, wanted_pull = jax.vjp(plain, qkv)
+    (gradient,), (right,) = pull(d_out), wanted_pull(d_out.astype(jnp.float32))
+    for found, exact in (
+        (out, wanted),
+        *((gradient[..., i, :], right[..., i, :]) for i in (0, 1, 2)),
+    ):
+        found, exact = (np.asarray(x, np.float32) for x in (found, exact))
+        assert np.linalg.norm(found - exact) < tolerance * np.linalg.norm(exact)
+
+
+def test_one_product_on_tpus_is_the_three_of_a_layer_over_itself(monkeypatch):
+    layer = Attention(32, 32, 2, bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 256, 32), jnp.bfloat16)
+    monkeypatch.setattr(fused, "split", lambda kernel, *_: kernel)
+    wanted = layer(x)
+    monkeypatch.setattr(fused, "packed_attention", partial(fused.packed_attention, interpret=True))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *inputs, tpu, **_: tpu(*inputs))
+    found, wanted = (np.asarray(y, np.float32) for y in (layer(x), wanted))
+    assert np.linalg.norm(found - wanted) < 1e-2 * np.linalg.norm(wanted)
 
 
 def test_keys_that_must_not_be_seen_have_no_weight():
