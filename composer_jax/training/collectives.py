@@ -53,11 +53,11 @@ def collectives(text: str) -> dict[str, Traffic]:
             if kind in KINDS:
                 if name.startswith("all-reduce-scatter"):  # how TPUs spell it: reduced, then split
                     kind = "reduce-scatter"
-                if "async_collective_fusion_config" in rest:
-                    beside, channel = True, (kind, _CHANNEL.search(rest)[1])
-                    if channel in fused:
+                if "async_collective_fusion_config" in rest and (channel := _CHANNEL.search(rest)):
+                    if (kind, channel[1]) in fused:
                         continue
-                    fused.add(channel)
+                    fused.add((kind, channel[1]))
+                    beside = True
                 old, size = found.get(kind, Traffic()), times * _moved(op, shape, rest)
                 found[kind] = Traffic(
                     old.count + times,
@@ -92,31 +92,33 @@ def _rounds(bodies: dict[str, list], name: str, rest: str) -> int | None:
         for where in (name, *loop.groups())
     )
     tests = [more for op, more in condition.values() if op == "compare" and "direction=LT" in more]
-    counter, limit = _arguments(tests[0]) if len(tests) == 1 else ("", "")
-    index = re.search(r"index=(\d+)", condition.get(counter, ("", ""))[1])
+    test = tests[0] if len(tests) == 1 else ""
+    index = re.search(r"index=(\d+)", condition.get(_operand(test, 0), ("", ""))[1])
     if not index:
         return None
 
-    def element(inside: dict, own: str) -> str:  # of a tuple: what the counter is
-        return _arguments(inside[own][1])[int(index[1])] if inside[own][0] == "tuple" else ""
+    def counter(inside: dict, own: str) -> str:  # in a tuple
+        op, more = inside.get(own, ("", ""))
+        return _operand(more, int(index[1])) if op == "tuple" else ""
 
-    start, last = element(outer, _arguments(rest)[0]), element(body, list(body)[-1])
-    op, more = body.get(last, ("", ""))
-    step = _constant(body, _arguments(more)[-1]) if op == "add" else None
-    first, end = _constant(outer, start), _constant(condition, limit)
+    op, more = body.get(counter(body, next(reversed(body), "")), ("", ""))
+    step = _constant(body, _operand(more, 1)) if op == "add" else None
+    first = _constant(outer, counter(outer, _operand(rest, 0)))
+    end = _constant(condition, _operand(test, 1))
     return None if None in (first, end) or not step else max(0, -((first - end) // step))
 
 
-def _arguments(rest: str) -> list[str]:
-    """Names of an operation's operands, from what follows its opening bracket."""
-    return re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+def _operand(rest: str, index: int) -> str:
+    """The name of an operand, from what follows an operation's bracket; "" where there is none."""
+    names = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+    return names[index] if index < len(names) else ""
 
 
 def _constant(inside: dict, own: str) -> int | None:
     """The integer that a name stands for, through copies."""
     op, more = inside.get(own, ("", ""))
     if op == "copy":
-        return _constant(inside, _arguments(more)[0])
+        return _constant(inside, _operand(more, 0))
     return int(more.split(")")[0]) if op == "constant" and more[:1].isdigit() else None
 
 
