@@ -6,7 +6,9 @@ and logits exist for one block of queries at a time. A gradient computes them ag
 logarithm of their sums: five products, where the forward pass has two.
 
 Positions lie along the chip's lanes: heads of 40 features need no padding in memory, XLA hands them
-over as its projections write them, and the softmax's sums run over whole registers.
+over as its projections write them, and the softmax's sums run over whole registers. A sequence over
+itself comes as one array of q, k and v, and so does its gradient: one product makes it, one takes
+it back.
 """
 
 from __future__ import annotations
