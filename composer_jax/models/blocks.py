@@ -284,7 +284,7 @@ class Attention(nnx.Module):
         return self.to_k(context), self.to_v(context)
 
     def __call__(self, x: Float[Array, "b n c"], projected=None, bias=None):
-        """x [B, N, C] over `projected` (of `project`), or over itself; returns [B, N, C]."""
+        """x [B, N, C] over itself, or over `projected` (of `project`) and `bias`: [B, N, C]."""
         if projected is None:
             return self.to_out[0](self._over_itself(x))
         return self.to_out[0](attend(self.to_q(x), *projected, self.heads, bias))
