@@ -150,25 +150,27 @@ def largest(measured: Callable[[int], Cost | None], memory: int) -> Cost | None:
     """The cost at the largest batch per device that fits into `memory`, None where not even 1 does.
 
     `measured(n)`: the cost at n examples a device, None where the compiler finds no room. Memory
-    grows by a line in n, which two sizes give; the answer is compiled, and stepped down if need be.
+    grows by a line in n, but not yet while what a step needs anyway is more: then n goes up
+    fourfold. The answer is compiled; where the line led too far, it is within a sixteenth.
     """
     tried: dict[int, Cost | None] = {}
 
     def fits(n: int) -> bool:
-        if n not in tried:
-            tried[n] = measured(n)
-        cost = tried[n]
-        return cost is not None and cost.peak <= memory
+        tried[n] = measured(n)
+        return tried[n] is not None and tried[n].peak <= memory
 
     if not fits(1):
         return None
-    if not fits(2):
-        return tried[1]
-    slope = tried[2].peak - tried[1].peak
-    n = max(2, 1 + (memory - tried[1].peak) // slope) if slope > 0 else 2
-    while not fits(n):
-        n = max(2, n - max(1, n // 16))
-    return tried[n]
+    low, high, n = 1, None, 2
+    while n > low and (high is None or high - low > low // 16):
+        if fits(n):
+            grown = tried[n].peak - tried[low].peak
+            room = memory - tried[n].peak
+            low, n = n, n + (room * (n - low) // grown if grown > 0 else 3 * n)
+        else:
+            high, n = n, (low + n) // 2
+        n = n if high is None else min(n, high - 1)
+    return tried[low]
 
 
 def known_chip(devices: list) -> Chip | None:

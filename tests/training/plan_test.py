@@ -166,6 +166,20 @@ def test_the_largest_batch_is_compiled_and_stepped_down(memory, wanted):
     assert (found and found.batch) == wanted
 
 
+@pytest.mark.parametrize("refused", [True, False])
+def test_the_largest_batch_where_memory_grows_late(refused):
+    sizes = []
+
+    def measured(n):
+        sizes.append(n)
+        peak = max(400, 10 * n)
+        fits = peak <= 1000 or not refused  # a compiler may refuse, or say how much it would take
+        return Cost(n, 1, 0, 0, peak, 0.0, 0.0, None, {}, 0.0) if fits else None
+
+    found = largest(measured, 1000)
+    assert 94 <= found.batch <= 100 and len(sizes) == len(set(sizes)) <= 10
+
+
 @pytest.fixture(scope="module")
 def gradients():
     """By remat: gradients of a small UNet, and the bytes kept from its forward pass for them."""
