@@ -98,24 +98,30 @@ def _halves(kernel, axis: int) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate([one, two + three], axis), jnp.concatenate([one + two, three], axis)
 
 
-def _by_places(x, kernel) -> jax.Array:
-    """The 3 x 3 convolution of x doubled by nearest neighbour, padded by 1, without doubling it.
+def _by_places(x, kernel, axes: tuple[int, ...]) -> jax.Array:
+    """The 3 x 3 convolution of x doubled by nearest neighbour, padded by 1, with `axes` undoubled.
 
-    Places of each parity see 2 x 2 of x: 4/9 of the arithmetic.
+    Places of each parity see two of three taps along each of `axes` (1: rows, 2: columns): 2/3 or
+    4/9 of the arithmetic.
     """
-    b, height, width, _ = x.shape
-    rows = []
-    for i, kernel_2x3 in enumerate(_halves(kernel, 0)):
-        row = []
-        for j, kernel_2x2 in enumerate(_halves(kernel_2x3, 1)):
-            padding = [(1 - i, i), (1 - j, j)]
-            row.append(
-                jax.lax.conv_general_dilated(
-                    x, kernel_2x2, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-                )
+    for axis in {1, 2} - set(axes):
+        x = x.repeat(2, axis)
+
+    def convolved(kernel, axes, padding):
+        if not axes:
+            numbers = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), padding.values(), dimension_numbers=numbers
             )
-        rows.append(jnp.stack(row, axis=3))
-    return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, -1)
+        axis, rest = axes[0], axes[1:]
+        places = [
+            convolved(half, rest, padding | {axis: (1 - i, i)})
+            for i, half in enumerate(_halves(kernel, axis - 1))
+        ]
+        y = jnp.stack(places, axis + 1)
+        return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+
+    return convolved(kernel, axes, {1: (1, 1), 2: (1, 1)})
 
 
 @jax.named_scope("convolution")
@@ -126,8 +132,11 @@ def convolve_doubled(x, kernel, strides, padding, **options) -> jax.Array:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
         return convolve(x, kernel, strides, padding, **options)
 
-    # By 2 x 2 on TPUs: forward and backward at 32 x 32 x 640, 4 examples on v5p, 0.96 to 0.77 ms by
-    # the compiler's estimate; on smaller maps the four kernels cost what the arithmetic gains.
-    if x.dtype != jnp.bfloat16 or x.shape[1] * x.shape[2] < 32 * 32:
+    # On TPUs by 2 x 2, or 2 x 3 where kernels weigh more: forward and backward of 4 examples, by
+    # the compiler's estimate for v5p, 0.96 to 0.77 ms at 32 x 32 x 640, 0.96 to 0.81 (by 2 x 2:
+    # 0.86) at 16 x 16 x 1280; on smaller maps the kernels cost what the arithmetic gains.
+    places = x.shape[1] * x.shape[2]
+    if x.dtype != jnp.bfloat16 or places < 16 * 16:
         return doubled(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, tpu=_by_places, default=doubled)
+    by_places = partial(_by_places, axes=(1, 2) if places >= 32 * 32 else (1,))
+    return jax.lax.platform_dependent(x, kernel, tpu=by_places, default=doubled)

@@ -96,13 +96,12 @@ def _backward(interpret, kept, d_out):
     q, k, v, bias, out, lse = kept
     sizes = (*q.shape, k.shape[3])
     of_q, of_k, of_v, of_bias = _inputs(sizes, q, k, v, bias)
-    of_out, of_lse = _outputs(sizes, q.dtype)
-    kept = (out, of_out[1]), (lse, of_lse[1]), (d_out, of_out[1])
     batch, heads, _, _, keys = sizes
     d_bias = jax.ShapeDtypeStruct((batch, heads, keys, 1), jnp.float32)
     column = pl.BlockSpec((1, 1, keys, 1), lambda b, h, i: (b, h, 0, 0))
     scratch = _turned(sizes, q.dtype, 2) + _totals(sizes) + [pltpu.VMEM((keys, 1), jnp.float32)]
-    inputs, outputs = (of_q, of_k, of_v, of_bias, *kept), (of_q, of_k, of_v, (d_bias, column))
+    inputs = of_q, of_k, of_v, of_bias, *_results(sizes, out, lse, d_out)
+    outputs = of_q, of_k, of_v, (d_bias, column)
     dq, dk, dv, d_bias = _call(_backward_kernel, sizes, inputs, outputs, scratch, 5, interpret)
     return dq, dk, dv, jnp.sum(d_bias, axis=(1, 3))
 
@@ -129,8 +128,7 @@ def _packed_forward(qkv, interpret):
 def _packed_backward(interpret, kept, d_out):
     qkv, out, lse = kept
     sizes, inputs = _parts(qkv)
-    of_out, of_lse = _outputs(sizes, qkv.dtype)
-    inputs = *inputs, (out, of_out[1]), (lse, of_lse[1]), (d_out, of_out[1])
+    inputs += _results(sizes, out, lse, d_out)
     whole = pl.BlockSpec((1, 1, *qkv.shape[2:]), lambda b, h, i: (b, h, 0, 0, 0))
 
     def kernel(q_ref, k_ref, v_ref, out_ref, lse_ref, d_out_ref, d_ref, *scratch):
@@ -240,6 +238,12 @@ def _outputs(sizes, dtype):
     out = jax.ShapeDtypeStruct((batch, heads, width, n), dtype)
     lse = jax.ShapeDtypeStruct((batch, heads, 1, n), jnp.float32)
     return (out, _features(width, block, moving=True)), (lse, row)
+
+
+def _results(sizes, out, lse, d_out):
+    """What a gradient takes beside the forward pass's inputs: its outputs, and their gradient."""
+    (_, features), (_, row) = _outputs(sizes, out.dtype)
+    return (out, features), (lse, row), (d_out, features)
 
 
 def _turned(sizes, dtype, count: int) -> list:

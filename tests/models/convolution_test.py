@@ -1,5 +1,7 @@
 """Convolutions in the forms that platforms take them in."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,24 +50,27 @@ def test_elsewhere_than_on_cpu_a_convolution_is_one(platform):
     assert "stablehlo.convolution" not in here and "dot_general" in here
 
 
+@pytest.mark.parametrize("axes", [(1, 2), (1,)])
 @pytest.mark.parametrize("side", [(4, 4), (3, 5)])
-def test_a_doubled_map_is_convolved_place_by_place(side):
+def test_a_doubled_map_is_convolved_place_by_place(side, axes):
+    by_places = partial(_by_places, axes=axes)
     x, kernel = draw(1, 2, *side, 8), draw(2, 3, 3, 8, 6)
 
     def doubled(x, kernel):
         return direct(kernel, x.repeat(2, axis=1).repeat(2, axis=2))
 
-    close(_by_places(x, kernel), doubled(x, kernel), 1e-5)
+    close(by_places(x, kernel), doubled(x, kernel), 1e-5)
     found, wanted = (
         jax.grad(lambda *inputs, f=f: jnp.sum(f(*inputs) ** 2), (0, 1))(x, kernel)
-        for f in (_by_places, doubled)
+        for f in (by_places, doubled)
     )
     for a, b in zip(found, wanted, strict=True):
         close(a, b, 1e-5)
 
 
 @pytest.mark.parametrize(
-    ("platform", "side", "count"), [("tpu", 32, 4), ("tpu", 16, 1), ("cuda", 32, 1), ("cpu", 32, 1)]
+    ("platform", "side", "count"),
+    [("tpu", 32, 4), ("tpu", 16, 2), ("tpu", 8, 1), ("cuda", 32, 1), ("cpu", 32, 1)],
 )
 def test_large_maps_are_convolved_so_on_tpus(platform, side, count):
     upsample = Upsample(64, dtype=jnp.bfloat16, rngs=Keys(0))
