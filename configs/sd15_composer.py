@@ -55,7 +55,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.drop_all = 0.1
     config.keep_all = 0.1
     config.optimizer.update(
-        learning_rate=5e-5, warmup=1000, decay=0.1, weight_decay=0.01, clip=1.0, betas=(0.9, 0.999)
+        learning_rate=5e-5,
+        warmup=1000,
+        decay=0.1,
+        weight_decay=0.01,
+        clip=1.0,
+        betas=(0.9, 0.999),
+        mu_dtype="bfloat16",
     )
     config.ema = 0.9999
     config.mesh = dict(data=1, fsdp=-1, tensor=1)

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from composer_jax.models.convolution import convolve, convolve_doubled
+from composer_jax.models.mesh import scattered, split
 
 ZEROS = nnx.initializers.zeros_init()  # for the last layer of a branch around a skip
 MASKED = -1e9  # what a token that must not be seen gets in its attention logits; finite, no NaN
@@ -259,7 +260,7 @@ def attend(
     if q.dtype == jnp.bfloat16 and not causal:
         from composer_jax.models import fused  # Pallas takes its time to be imported
 
-        if fused.pays(n, k.shape[1]) and (kernel := fused.split(fused.attention, batch, heads)):
+        if fused.pays(n, k.shape[1]) and (kernel := split(fused.attention, batch, heads)):
             platforms["tpu"] = kernel
     inputs = [x.reshape(shape) for x in (q, k, v)] + ([] if bias is None else [bias])
     out = jax.lax.platform_dependent(*inputs, **platforms, default=plain)
@@ -298,14 +299,14 @@ class Attention(nnx.Module):
             return apart(x)
         from composer_jax.models import fused  # as in `attend`
 
-        kernel = fused.split(fused.packed_attention, batch, self.heads)
+        kernel = split(fused.packed_attention, batch, self.heads)
         if kernel is None or not fused.pays(n, n):
             return apart(x)
 
         def packed(x, *kernels):  # one product, whose result the kernel takes as it is
             width, heads = x.shape[2], self.heads
             kernel_CxHx3xD = jnp.stack([k.reshape(width, heads, -1) for k in kernels], axis=2)
-            qkv = matmul(x, kernel_CxHx3xD.reshape(width, -1))
+            qkv = matmul(x, scattered(kernel_CxHx3xD.reshape(width, -1), axis=0))
             return kernel(qkv.reshape(batch, n, heads, 3, -1)).reshape(batch, n, -1)
 
         kernels = (layer.kernel[...].astype(x.dtype) for layer in (self.to_q, self.to_k, self.to_v))

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from composer_jax.models.mesh import scattered
+
 # F(m x m, 3 x 3) of arXiv 1509.09308 by m, the transforms of data, kernel and result: B^T, G, A^T.
 WINOGRAD = {
     2: (
@@ -104,6 +106,7 @@ def _by_places(x, kernel, axes: tuple[int, ...]) -> jax.Array:
     Places of each parity see two of three taps along each of `axes` (1: rows, 2: columns): 2/3 or
     4/9 of the arithmetic.
     """
+    batch, height, width, _ = x.shape
     for axis in {1, 2} - set(axes):
         x = x.repeat(2, axis)
 
@@ -111,17 +114,17 @@ def _by_places(x, kernel, axes: tuple[int, ...]) -> jax.Array:
         if not axes:
             numbers = ("NHWC", "HWIO", "NHWC")
             return jax.lax.conv_general_dilated(
-                x, kernel, (1, 1), padding.values(), dimension_numbers=numbers
+                x, scattered(kernel, axis=2), (1, 1), padding.values(), dimension_numbers=numbers
             )
         axis, rest = axes[0], axes[1:]
         places = [
             convolved(half, rest, padding | {axis: (1 - i, i)})
             for i, half in enumerate(_halves(kernel, axis - 1))
         ]
-        y = jnp.stack(places, axis + 1)
-        return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+        return jnp.stack(places, axis + 1)
 
-    return convolved(kernel, axes, {1: (1, 1), 2: (1, 1)})
+    y = convolved(kernel, axes, {1: (1, 1), 2: (1, 1)})
+    return y.reshape(batch, 2 * height, 2 * width, -1)
 
 
 @jax.named_scope("convolution")

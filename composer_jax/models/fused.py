@@ -14,14 +14,12 @@ it back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 LANES = 128  # a head's width is rounded up to this inside the matrix unit
 LOGITS = 2**20  # of one block, held in the vector memory
@@ -50,28 +48,6 @@ def packed_attention(qkv, interpret: bool = False) -> jax.Array:
     Returns [B, N, H, D]; the gradient is one array, too. N is such as `pays` allows.
     """
     return _packed(qkv.transpose(0, 2, 3, 4, 1), interpret).transpose(0, 3, 1, 2)
-
-
-def split(kernel: Callable[..., jax.Array], batch: int, heads: int) -> Callable | None:
-    """`kernel` of [B, N, H, ...] arrays on each device's own examples and heads, by the context's
-    mesh (`jax.set_mesh`); None where that is missing on several devices, or leaves examples over.
-
-    XLA splits no kernel by itself. The axis "tensor" splits heads where it can, all others rows.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return kernel if jax.device_count() == 1 else None
-    rows = tuple(axis for axis in mesh.axis_names if axis != "tensor")
-    if batch % math.prod(mesh.shape[axis] for axis in rows):
-        return None
-    tensor = "tensor" in mesh.axis_names and heads % mesh.shape["tensor"] == 0
-    spec = PartitionSpec(rows, None, "tensor" if tensor else None)
-
-    def on_each(*inputs):
-        specs = tuple(PartitionSpec(rows) if x.ndim == 2 else spec for x in inputs)  # 2: a bias
-        return jax.shard_map(kernel, in_specs=specs, out_specs=spec, check_vma=False)(*inputs)
-
-    return on_each
 
 
 def block_of(length: int, keys: int) -> int:

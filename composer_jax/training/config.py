@@ -36,7 +36,7 @@ def defaults() -> ConfigDict:
     """What every experiment's config has, however it trains; `get_config` sets the rest."""
     config = ConfigDict()
     config.seed = 0
-    config.dtype = "float32"  # of computation; parameters, averages and optimizer are float32
+    config.dtype = "float32"  # of computation; parameters and averages are float32
     config.accumulate = 1  # parts that a batch is taken in, for less memory
     config.trainable = ""  # a regular expression on parameters' names; empty: all
     config.optimizer = dict(
@@ -48,6 +48,7 @@ def defaults() -> ConfigDict:
         weight_decay=0.0,
         clip=1.0,
         betas=(0.9, 0.99),
+        mu_dtype="float32",  # of the first moment; or bfloat16: 2 bytes less a parameter
         groups=(),  # (pattern on parameters' names, factor of the learning rate) pairs
     )
     config.ema = 0.999
