@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from composer_jax.models import fused
+from composer_jax.models import blocks, fused
 from composer_jax.models.blocks import MASKED, Attention
-from composer_jax.training.sharding import make_mesh
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
@@ -64,7 +63,7 @@ def test_a_packed_projection_gives_what_its_parts_give(dtype, tolerance, monkeyp
 def test_one_product_on_tpus_is_the_three_of_a_layer_over_itself(monkeypatch):
     layer = Attention(32, 32, 2, bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 256, 32), jnp.bfloat16)
-    monkeypatch.setattr(fused, "split", lambda kernel, *_: kernel)
+    monkeypatch.setattr(blocks, "split", lambda kernel, *_: kernel)
     wanted = layer(x)
     monkeypatch.setattr(fused, "packed_attention", partial(fused.packed_attention, interpret=True))
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *inputs, tpu, **_: tpu(*inputs))
@@ -90,17 +89,3 @@ def test_only_whole_blocks_that_fit_pay():
 def test_blocks_divide_the_length_and_fill_whole_lanes(length):
     block = fused.block_of(length, length)
     assert length % block == 0 and block % fused.LANES == 0
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_over_a_mesh_each_device_takes_its_own_examples_and_heads(biased):
-    mesh = make_mesh(2, 2, 2)
-    q, k, v = (jax.random.normal(jax.random.key(i), (4, 128, 2, 8)) for i in range(3))
-    bias = [jax.random.normal(jax.random.key(3), (4, 128))] if biased else []
-    with jax.set_mesh(mesh):
-        kernel = fused.split(partial(fused.attention, interpret=True), 4, 2)
-        found = jax.jit(kernel)(q, k, v, *bias)
-        assert fused.split(fused.attention, 3, 2) is None  # an example left over
-    assert found.sharding.shard_shape(found.shape) == (1, 128, 1, 8)
-    wanted = jax.nn.dot_product_attention(q, k, v, bias[0][:, None, None, :] if biased else None)
-    np.testing.assert_allclose(found, wanted, atol=1e-5)

@@ -73,3 +73,25 @@ def test_updates_are_those_of_optax():
     ours = update(make(weight_decay=0.1), gradient, gradient)
     peer = update(optax.adamw(0.1, 0.9, 0.99, weight_decay=0.1), gradient, gradient)
     jax.tree.map(np.testing.assert_array_equal, ours, peer)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_first_moment_in_bfloat16_moves_parameters_as_one_in_float32(tmp_path, name):
+    runs = {
+        dtype: toy.fit(tmp_path / dtype, toy.settings(12), name=name, mu_dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    }
+    for dtype, state in runs.items():
+        kept = {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state)}
+        assert (dtype == "bfloat16") == ("bfloat16" in kept)
+    start = toy.init()
+    moves = (
+        jax.tree.map(lambda p, s: np.asarray(p - s), state.params, start) for state in runs.values()
+    )
+    for exact, half in zip(*map(jax.tree.leaves, moves), strict=True):
+        assert np.linalg.norm(half - exact) < 1e-2 * np.linalg.norm(exact)
+    toy.fit(tmp_path / "cut", toy.settings(6), name=name, mu_dtype="bfloat16")
+    resumed = toy.fit(tmp_path / "cut", toy.settings(12), name=name, mu_dtype="bfloat16")
+    toy.same(runs["bfloat16"], resumed)
+    with pytest.raises(ValueError, match="did you mean 'bfloat16'"):
+        make(mu_dtype="bflot16")
