@@ -3,6 +3,8 @@
 # does without transformers' own. All make what they need.
 PYTHON ?= python3
 BIN := .venv/bin
+# two processes, as most of the time XLA compiles, on one thread
+PYTEST := python -m pytest -n 2 --dist loadfile
 
 .PHONY: quickstart test parity transformers5
 quickstart: .venv/installed
@@ -10,14 +12,14 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 
 parity: .venv/parity
-	$(BIN)/python -m pytest parity
+	$(BIN)/$(PYTEST) parity
 
 # transformers 5 has no Flax class left: our own CLIP runs, in an environment of its own
 transformers5: .venv5/installed
-	.venv5/bin/python -m pytest tests/models/clip_test.py tests/models/clip_nnx_test.py \
+	.venv5/bin/$(PYTEST) tests/models/clip_test.py tests/models/clip_nnx_test.py \
 	  tests/models/hub_test.py tests/training/warm_start_test.py
 
 .venv5/installed: pyproject.toml constraints.txt

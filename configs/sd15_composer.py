@@ -7,15 +7,15 @@
 Diffusion hold a text encoder alone. At step 0 the composer with only a caption is Stable Diffusion.
 What trains is a pattern on the names of parameters:
 
-    --config.trainable=                                       all: 13.0 GiB of state
+    --config.trainable=                                       all: 11.4 GiB of state
     --config.trainable='^(?!unet\\.)|^unet\\.conv_in'          the new ones alone: 6.6 GiB
-    --config.trainable='^(?!unet\\.)|^unet\\.conv_in|attn2'    and cross-attention: 6.9 GiB
+    --config.trainable='^(?!unet\\.)|^unet\\.conv_in|attn2'    and cross-attention: 6.8 GiB
 
-State is parameters, average and optimizer, float32, split over the mesh's fsdp axis. Beside it a
-step needs memory for its batch: the compiler, ahead of time for TPU v5p, 2 x 2 x 1 chips with
-fsdp 4 and 4 images a chip, bfloat16, all training, asks for 4.6 GiB a device beside 3.3 of state,
-and estimates 56 ms (`composer plan --config sd15_composer --topology v5p:2x2x1 --batch 16` says it
-anew, in a quarter of an hour on 2 cores).
+State is parameters, average and optimizer, float32 (the first moment bfloat16), split over the
+mesh's fsdp axis. Beside it a step needs memory for its batch: the compiler, ahead of time for TPU
+v5p, 2 x 2 x 1 chips with fsdp 4 and 4 images a chip, bfloat16, all training, asks for 4.6 GiB a
+device beside 2.9 of state, and estimates 56 ms (`composer plan --config sd15_composer --topology
+v5p:2x2x1 --batch 16` says it anew, in a quarter of an hour on 2 cores).
 
 `:smoke` is a run of seconds for tests, around any small UNet that `init_from` names.
 """

@@ -6,7 +6,7 @@
 Its words are the last but one layer of OpenCLIP's ViT-H, padded with "!". Its heads are 64 wide,
 which fits accelerators better than those of 1.5. All else is as in `sd15_composer`.
 
-State: 13.2 GiB. What a step needs says `composer plan --config sd21_composer --topology ...`.
+State: 11.5 GiB. What a step needs says `composer plan --config sd21_composer --topology ...`.
 """
 
 from composer_jax.configs import sd15_composer
