@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "profile_steps",
     "snapshot_every",
 )
+STAY = ("optimizer.name", "optimizer.mu_dtype")  # of these: what an optimizer's state is made of
 
 
 def defaults() -> ConfigDict:
@@ -143,14 +144,18 @@ def flat(config: ConfigDict, prefix: str = "") -> dict:
 def keep_config(config: ConfigDict, workdir: Path) -> None:
     """Writes `workdir/config.json`; a run that goes on must have the same config.
 
-    Raises ValueError naming the first key that differs; `MAY_CHANGE` lists what may.
+    Raises ValueError naming the first key that differs; `MAY_CHANGE` lists what may, but `STAY`.
     """
-    path = workdir / "config.json"
-    new = json.loads(json.dumps(flat(config)))
+
+    def plain(config: ConfigDict) -> dict:
+        return json.loads(json.dumps(flat(config)))
+
+    path, new = workdir / "config.json", plain(config)
     if path.is_file():
-        old = json.loads(path.read_text())
+        old = plain(defaults()) | json.loads(path.read_text())  # which may be older than a key
         for key in sorted(old.keys() | new.keys()):
-            if key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key):
+            may = key.split(".")[0] in MAY_CHANGE and key not in STAY
+            if not may and old.get(key) != new.get(key):
                 raise ValueError(
                     f"{workdir} holds a run with {key} = {old.get(key)!r}, the config says "
                     f"{new.get(key)!r}; give another --workdir or the same config"

@@ -1,5 +1,6 @@
 """Configs: found by name and path, overridden with care, kept with the run."""
 
+import json
 from pathlib import Path
 
 import composer_jax.configs as configs
@@ -65,3 +66,17 @@ def test_a_run_that_goes_on_has_the_same_config(tmp_path):
     keep_config(load_config("scenes64:smoke", ["steps=9"]), tmp_path)
     with pytest.raises(ValueError, match=r"model\.stem_width = 48, the config says 32"):
         keep_config(load_config("scenes64:smoke", ["model.stem_width=32"]), tmp_path)
+    keep_config(load_config("scenes64:smoke", ["optimizer.learning_rate=1e-5"]), tmp_path)
+    with pytest.raises(ValueError, match=r"optimizer\.name = 'adamw', the config says 'muon'"):
+        keep_config(load_config("scenes64:smoke", ["optimizer.name=muon"]), tmp_path)
+
+
+def test_a_run_begun_before_a_key_was_there_goes_on(tmp_path):
+    keep_config(load_config("scenes64:smoke"), tmp_path)
+    path = tmp_path / "config.json"
+    kept = json.loads(path.read_text())
+    del kept["optimizer.mu_dtype"], kept["trainable"]
+    path.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"optimizer\.mu_dtype = 'float32', the config says"):
+        keep_config(load_config("scenes64:smoke", ["optimizer.mu_dtype=bfloat16"]), tmp_path)
+    keep_config(load_config("scenes64:smoke"), tmp_path)
