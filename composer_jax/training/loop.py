@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,7 @@ def train(
     in nonfinite-STEP-PROCESS.npz and the last checkpoint stays. Raises OSError where the last one
     could not be written. Ends the process where others of the job are gone.
     """
+    profile = _Profile(settings.profile, workdir / "tensorboard")
     mesh = make_mesh(**settings.mesh)
     create = partial(create_state, optimizer=optimizer, lengths=settings.lengths)
     shapes = jax.eval_shape(lambda: create(init()))
@@ -99,7 +101,6 @@ def train(
     to_device = partial(_to_device, sharding=batch_sharding(mesh))
     seed = np.uint32(settings.seed)
     told = Log(workdir, start, settings.steps, settings.batch, notes.get("waiting", ()))
-    profile = _Profile(settings.profile, workdir / "tensorboard")
     try:
         with Stop() as stop:
             upcoming = to_device(batch(start)) if start < settings.steps else None
@@ -157,6 +158,12 @@ class _Profile:
     """A window of steps that jax's profiler records."""
 
     def __init__(self, window: Sequence[int], folder: Path):
+        safe = jax.config.jax_platforms or jax.default_backend() == "tpu"
+        if window and not safe and importlib.util.find_spec("libtpu"):
+            raise ValueError(
+                "profile_steps: libtpu is installed and there is no TPU; its profiler would end "
+                "this process. Set JAX_PLATFORMS=cpu (or cuda), or uninstall libtpu"
+            )
         self._window, self._folder, self._on = tuple(window), folder, False
 
     def at(self, step: int, state) -> None:

@@ -115,6 +115,14 @@ def test_a_profile_of_some_steps_is_for_tensorboard(tmp_path):
         settings(6, profile=(4, 2))
 
 
+def test_a_profile_that_libtpu_without_a_tpu_would_crash_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "libtpu.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="Set JAX_PLATFORMS=cpu"):
+        fit(tmp_path, settings(6, profile=(2, 4)))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
     fit(tmp_path, settings(4))
     monkeypatch.setattr(toy, "init", lambda: {"layer": {"kernel": jnp.zeros((16, 8))}})
