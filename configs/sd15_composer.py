@@ -13,8 +13,8 @@ What trains is a pattern on the names of parameters:
 
 State is parameters, average and optimizer, float32 (the first moment bfloat16), split over the
 mesh's fsdp axis. Beside it a step needs memory for its batch: the compiler, ahead of time for TPU
-v5p, 2 x 2 x 1 chips with fsdp 4 and 4 images a chip, bfloat16, all training, asks for 4.6 GiB a
-device beside 2.9 of state, and estimates 56 ms (`composer plan --config sd15_composer --topology
+v5p, 2 x 2 x 1 chips with fsdp 4 and 4 images a chip, bfloat16, all training, asks for 4.5 GiB a
+device beside 2.9 of state, and estimates 55 ms (`composer plan --config sd15_composer --topology
 v5p:2x2x1 --batch 16` says it anew, in a quarter of an hour on 2 cores).
 
 `:smoke` is a run of seconds for tests, around any small UNet that `init_from` names.

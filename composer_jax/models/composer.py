@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from composer_jax import conditions
 from composer_jax.conditions import Part
-from composer_jax.models.blocks import MASKED
+from composer_jax.models.blocks import MASKED, with_start
 from composer_jax.models.resizer import Stem, VectorProjection
 from composer_jax.models.unet import UNet, UNetConfig
 
@@ -161,7 +161,7 @@ class Composer(nnx.Module):
                     out = config.tokens_per_vector * width
                     tokens[key] = VectorProjection(size, part.norm, width, out, **options)
                 elif size != width:
-                    tokens[key] = nnx.Linear(size, width, **options)
+                    tokens[key] = nnx.Linear(size, width, **with_start(options))
         self.stems, self.embeddings = nnx.Dict(stems), nnx.Dict(embeddings)
         self.tokens = nnx.Dict(tokens)
         self.absent = nnx.Dict(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from composer_jax.models.blocks import linear, space_to_depth
+from composer_jax.models.blocks import linear, space_to_depth, with_start
 
 
 class Stem(nnx.Module):
@@ -23,7 +23,7 @@ class Stem(nnx.Module):
         self, channels: int, out_channels: int, width: int, factor: int, *, dtype, rngs: nnx.Rngs
     ):
         self.factor = factor
-        conv = {"kernel_size": (3, 3), "padding": 1, "dtype": dtype, "rngs": rngs}
+        conv = with_start({"kernel_size": (3, 3), "padding": 1, "dtype": dtype, "rngs": rngs})
         self.conv_in = nnx.Conv(channels * factor**2 + 1, width, **conv)
         self.conv_mid = nnx.Conv(width, width, **conv)
         self.conv_out = nnx.Conv(width, out_channels, **conv)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from composer_jax.models.blocks import MASKED, attend, bias_as_feature
+from composer_jax.models.blocks import MASKED, attend, bias_as_feature, lecun_normal
 
 
 def draw(seed, *shape):
@@ -34,3 +35,11 @@ def test_attention_on_cpu_is_attention(length, causal):
     heads = (x.reshape(2, length, 4, 8) for x in (q, k, v))
     wanted = jax.nn.dot_product_attention(*heads, bias[:, None, None], is_causal=causal)
     np.testing.assert_allclose(found, wanted.reshape(2, length, 32), atol=2e-6)
+
+
+def test_kernels_start_as_flaxs_own_do():
+    found, wanted = (
+        np.asarray(init(jax.random.key(3), (3, 3, 5, 8), jnp.float32))
+        for init in (lecun_normal, nnx.initializers.lecun_normal())
+    )
+    np.testing.assert_array_equal(found, wanted)
