@@ -151,7 +151,6 @@ def _write(out: Path, mine, shards, shard_size, source: Source, names, specs, ex
         ThreadPoolExecutor() as workers,
     ):
         for shard, indices in ranges.items():
-            known = set(getattr(source, "skipped", {}))
             examples: list[bytes] = []
             for asked, tree in chunks(
                 source, indices, names, extractors.tools, extractors.encoders, seconds
@@ -161,11 +160,9 @@ def _write(out: Path, mine, shards, shard_size, source: Source, names, specs, ex
                 examples += workers.map(lambda row, tree=tree: serialise(tree, row), rows)
                 seconds["write"] = seconds.get("write", 0.0) + time.perf_counter() - began
                 bar.update(asked)
-            skipped = [
-                {"name": name, "reason": reason}
-                for name, reason in getattr(source, "skipped", {}).items()
-                if name not in known
-            ]
+            broken = getattr(source, "skipped", {})
+            labels = [source.label(index) for index in indices] if broken else ()
+            skipped = [{"name": n, "reason": broken[n]} for n in labels if n in broken]
             cache.write_shard(out, shard, shards, examples, {"skipped": skipped})
             done += len(indices)
     if done:

@@ -68,6 +68,15 @@ def test_broken_files_are_skipped_and_named(photos, prepared):
     assert len(whole(prepared)["image"]) == 40
 
 
+def test_what_was_found_broken_before_the_first_shard_is_named_too(photos, tmp_path):
+    (tmp_path / "few").mkdir()
+    for name in ("000.jpg", "words.png"):  # which conditions the source has is asked of them first
+        (tmp_path / "few" / name).write_bytes((photos / name).read_bytes())
+    assert main(["prepare", f"folder:{tmp_path / 'few'}", "--out", str(tmp_path / "cache")]) == 0
+    named = (tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in named] == ["words.png"]
+
+
 def test_processes_share_the_work_and_end_in_one_dataset(photos, prepared, tmp_path, capsys):
     for index, told in ((1, "are still missing"), (2, "still missing"), (0, "40 examples")):
         known = {"COMPOSER_PROCESS": str(index), "COMPOSER_PROCESSES": "3"}
