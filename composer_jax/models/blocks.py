@@ -51,9 +51,10 @@ def abstract(network: Callable[..., nnx.Module], *args: Any, **options: Any) -> 
 
 
 def lecun_normal(key: jax.Array, shape: Sequence[int], dtype, **options) -> jax.Array:
-    """Flax's own initialiser of kernels, number for number, drawn with two axes.
+    """Flax's own initialiser of kernels [..., C_in, C_out], number for number, drawn with two axes.
 
-    XLA's CPU backend takes up to ten times as long to compile a draw with four.
+    Truncated normal, of variance 1 / (all axes but the last). XLA's CPU backend takes up to ten
+    times as long to compile a draw with four.
     """
     two = math.prod(shape[:-1]), shape[-1]
     return nnx.initializers.lecun_normal()(key, two, dtype, **options).reshape(shape)
