@@ -189,7 +189,8 @@ class Composer(nnx.Module):
                     maps = values[name][part_name].astype(self.dtype)
                     local[name] = self.stems[f"{name}_{part_name}"](maps) + local.get(name, 0.0)
         embedding = {name: self._embed(name, values[name]) for name in self.config.having("vector")}
-        return Encoded(local, embedding, self.unet.project_context(self._context(values)))
+        batch = jax.tree.leaves(dict(values))[0].shape[0]
+        return Encoded(local, embedding, self.unet.project_context(self._context(values, batch)))
 
     def encode_absent(self) -> Encoded:
         """The encoding of nothing, batch 1: where a condition with an encoded absence starts."""
@@ -201,16 +202,15 @@ class Composer(nnx.Module):
         }
         encoded = [name for name in self.config.having("vector") if name in self.absent]
         embedding = {name: self._embed(name, values[name]) for name in encoded}
-        return Encoded({}, embedding, self.unet.project_context(self._context(values)))
+        return Encoded({}, embedding, self.unet.project_context(self._context(values, 1)))
 
     def _embed(self, name: str, value: Mapping[str, jax.Array]) -> Float[Array, "b e"]:
         vectors = [k for k, part in self.config.parts(name).items() if part.kind == "vector"]
         return sum(self.embeddings[f"{name}_{k}"](value[k].astype(self.dtype)) for k in vectors)
 
-    def _context(self, values: Values) -> Float[Array, "b l d"]:
+    def _context(self, values: Values, batch: int) -> Float[Array, "b l d"]:
         """All tokens at their slots, padded with zeros to `context_length`."""
         width, pieces = self.config.unet.cross_attention_dim, []
-        batch = jax.tree.leaves(dict(values))[0].shape[0]
         for name in self.config.conditions:
             for part_name in self.config.token_parts(name):
                 key, tokens = f"{name}_{part_name}", values[name][part_name].astype(self.dtype)

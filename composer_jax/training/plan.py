@@ -214,13 +214,12 @@ def batch_shapes(
         raise ValueError(f"image size {side} is not a multiple of the codec's {codec.factor}")
     codec_sizes = {"factor": codec.factor, "latent_channels": codec.latent_channels}
     specs = feature_specs(names, {**sizes, **codec_sizes}, side)
-    return nested(
-        {
-            path: jax.ShapeDtypeStruct((batch, *spec.shape), spec.dtype)
-            for path, spec in specs.items()
-            if spec.dtype != "str"
-        }
-    )
+    shapes = {
+        path: jax.ShapeDtypeStruct((batch, *spec.shape), spec.dtype)
+        for path, spec in specs.items()
+        if spec.dtype != "str"
+    }
+    return {"stored": {}} | nested(shapes)
 
 
 def clip_sizes(where: str) -> dict[str, int]:

@@ -142,6 +142,18 @@ def test_without_any_caption_nothing_is_not_a_number(model, perturbed):
     np.testing.assert_array_equal(output, other)
 
 
+def test_maps_alone_need_neither_tokens_nor_vectors(model, perturbed):
+    config = replace(model.config, conditions=("sketch", "mask"))
+    maps = perturbed(created(config), 2)
+    given, other = values(config, 5), values(config, 6)
+    output = evaluate(maps, given, [1.0, 0.0])
+    assert np.all(np.isfinite(output))
+    np.testing.assert_array_equal(
+        output, evaluate(maps, given | {"mask": other["mask"]}, [1.0, 0.0])
+    )
+    assert np.any(output != evaluate(maps, given | {"sketch": other["sketch"]}, [1.0, 0.0]))
+
+
 def test_missing_value_and_missing_size_are_named(model):
     given = values(model.config, 5)
     with pytest.raises(ValueError, match="values lack sketch"):

@@ -16,7 +16,7 @@ from composer_jax.models.unet import PRESETS, REMAT, UNet
 from composer_jax.training.collectives import Traffic, collectives
 from composer_jax.training.config import load_config
 from composer_jax.training.hardware import CHIPS, chip_of, devices_of
-from composer_jax.training.plan import Cost, clip_sizes, codec_config, largest
+from composer_jax.training.plan import Cost, _composer, clip_sizes, codec_config, largest
 
 HLO = """HloModule jit_step
 
@@ -115,6 +115,15 @@ def test_the_plan_of_what_is_here(capsys, tmp_path):
     assert report["flops"] > 0 and report["peak"] >= report["arguments"] + report["temporaries"]
     assert report["collectives"]["all-reduce"]["bytes"] > 0 and report["memory"] is None
     assert "16, 2 a device" in out and "all-reduce" in out and "data 8" in out
+
+
+def test_a_batch_in_which_nothing_is_stored_is_traced():
+    config = load_config("scenes64:smoke", ["conditions=intensity,mask"])
+    init, loss, shapes = _composer(config, 8)
+    assert shapes["stored"] == {} and shapes["image"].shape == (8, 64, 64, 3)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+    value, _ = jax.eval_shape(loss, jax.eval_shape(init), shapes, keys)
+    assert value.shape == ()
 
 
 @pytest.mark.parametrize(
