@@ -153,9 +153,9 @@ def _grids(task: Task, workdir: Path):
         for name in (*pipe.names, None):
             if name is not None and not conditions.get(name).cached:
                 continue
-            stored = task.pool["stored"]
+            stored = {name: task.pool["stored"][name]} if name else {}
             shown = [
-                {name: [jax.tree.map(lambda a, i=i: np.array(a[i]), stored[name])]} if name else {}
+                {key: [jax.tree.map(lambda a, i=i: np.array(a[i]), stored[key])] for key in stored}
                 for i in range(count)
             ]
             uses = {name: [Use(None)]} if name else {}
