@@ -153,9 +153,9 @@ def _grids(task: Task, workdir: Path):
         for name in (*pipe.names, None):
             if name is not None and not conditions.get(name).cached:
                 continue
-            stored = {name: task.pool["stored"][name]} if name else {}
+            stored = task.pool["stored"]
             shown = [
-                {key: [jax.tree.map(lambda a, i=i: np.array(a[i]), stored[key])] for key in stored}
+                {name: [jax.tree.map(lambda a, i=i: np.array(a[i]), stored[name])]} if name else {}
                 for i in range(count)
             ]
             uses = {name: [Use(None)]} if name else {}

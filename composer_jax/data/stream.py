@@ -68,7 +68,7 @@ class Caches:
     def examples(self, indices: Sequence[int]) -> dict[str, Any]:
         """Examples of the first cache by index, a tree as `batches` gives it."""
         found = self._decode_all(self._parts[0].read(np.asarray(indices, np.int64)))
-        return nested({path: array.numpy() for path, array in found.items()})
+        return {"stored": {}} | nested({path: array.numpy() for path, array in found.items()})
 
     def _decode_all(self, records: Sequence[bytes]):
         from composer_jax.data.tensorflow import tf

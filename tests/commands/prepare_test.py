@@ -120,6 +120,13 @@ def test_a_shard_of_broken_files_alone_is_no_trouble(photos, tmp_path, capsys):
     assert at(0)["image"].shape == (4, 64, 64, 3)
 
 
+def test_a_cache_of_maps_that_are_drawn_anew_stores_no_condition(tmp_path):
+    words = ["--config", "scenes64:smoke", "--config.conditions=intensity,mask"]
+    assert main(["prepare", "scenes:4", "--out", str(tmp_path / "cache"), *words]) == 0
+    example = whole(tmp_path / "cache")
+    assert example["stored"] == {} and example["image"].shape == (4, 64, 64, 3)
+
+
 def test_wrong_use_ends_in_one_line(photos, prepared, tmp_path, capsys):
     full = tmp_path / "full"
     full.mkdir()
