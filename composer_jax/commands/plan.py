@@ -85,7 +85,10 @@ def _announced(config, devices, batch: int) -> Cost:
 
 
 def _auto(config, devices, parts: int, chip: Chip | None) -> tuple[Cost, dict]:
-    """The largest batch that fits, and which remat makes room for twice that."""
+    """The largest batch that fits, and which remat makes room for twice that.
+
+    Where `largest` ends before the memory does: what would fit, instead.
+    """
     if chip is None:
         raise ValueError(f"--batch auto: the memory of {devices[0].device_kind!r} is not known")
 
@@ -100,12 +103,15 @@ def _auto(config, devices, parts: int, chip: Chip | None) -> tuple[Cost, dict]:
                 raise
             return None
 
-    cost = largest(measured, chip.memory)
+    cost, leads = largest(measured, chip.memory)
     if cost is None:
         raise ValueError(
             f"one example a part does not fit into the {readable(chip.memory)} of "
             f"{devices[0].device_kind}; remat is {config.remat!r}, the mesh {dict(config.mesh)}"
         )
+    if leads:
+        says = "would fit, by the line that memory grew by; it was not compiled"
+        return cost, {"batch": leads * parts, "remat": config.remat, "says": says}
     n = 2 * cost.batch // parts
     for remat in REMAT[REMAT.index(config.remat) + 1 :]:
         found = measured(n, remat)

@@ -29,6 +29,7 @@ from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
 from composer_jax.training.state import create_state
 from composer_jax.training.step import jit_step, only
 
+MOST = 64  # examples a device: tiny models have room for thousands, and XLA no end with them
 CLIP_SIZES = {  # text_length, text_width, embed_width
     "openai/clip-vit-large-patch14": (77, 768, 768),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": (77, 1024, 1024),
@@ -146,12 +147,16 @@ def plan(config, devices: list, batch: int) -> Cost:
     return measure(compiled, text, batch, len(devices), time.perf_counter() - start)
 
 
-def largest(measured: Callable[[int], Cost | None], memory: int) -> Cost | None:
+def largest(
+    measured: Callable[[int], Cost | None], memory: int, most: int = MOST
+) -> tuple[Cost | None, int | None]:
     """The cost at the largest batch per device that fits into `memory`, None where not even 1 does.
 
     `measured(n)`: the cost at n examples a device, None where the compiler finds no room. Memory
     grows by a line in n, but not yet while what a step needs anyway is more: then n goes up
-    fourfold. The answer is compiled; where the line led too far, it is within a sixteenth.
+    fourfold. The answer is compiled; where the line led too far, it is within a sixteenth. More
+    than `most` are not compiled: where these fit, the second is how many the line leads to, and
+    None elsewhere.
     """
     tried: dict[int, Cost | None] = {}
 
@@ -160,17 +165,19 @@ def largest(measured: Callable[[int], Cost | None], memory: int) -> Cost | None:
         return tried[n] is not None and tried[n].peak <= memory
 
     if not fits(1):
-        return None
-    low, high, n = 1, None, 2
+        return None, None
+    low, high, n = 1, None, min(2, most)
+    leads = n
     while n > low and (high is None or high - low > low // 16):
         if fits(n):
             grown = tried[n].peak - tried[low].peak
             room = memory - tried[n].peak
-            low, n = n, n + (room * (n - low) // grown if grown > 0 else 3 * n)
+            leads = n + (room * (n - low) // grown if grown > 0 else 3 * n)
+            low = n
         else:
-            high, n = n, (low + n) // 2
-        n = n if high is None else min(n, high - 1)
-    return tried[low]
+            high, leads = n, (low + n) // 2
+        n = min(leads, most if high is None else high - 1)
+    return tried[low], leads if leads > low == most else None
 
 
 def known_chip(devices: list) -> Chip | None:

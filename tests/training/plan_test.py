@@ -171,8 +171,8 @@ def test_the_largest_batch_is_compiled_and_stepped_down(memory, wanted):
         peak = 80 + 20 * n + (5 if n > 16 else 0)  # not quite a line
         return Cost(n, 1, 0, 0, peak, 0.0, 0.0, None, {}, 0.0)
 
-    found = largest(measured, memory)
-    assert (found and found.batch) == wanted
+    found, leads = largest(measured, memory)
+    assert (found and found.batch) == wanted and leads is None
 
 
 @pytest.mark.parametrize("refused", [True, False])
@@ -185,8 +185,21 @@ def test_the_largest_batch_where_memory_grows_late(refused):
         fits = peak <= 1000 or not refused  # a compiler may refuse, or say how much it would take
         return Cost(n, 1, 0, 0, peak, 0.0, 0.0, None, {}, 0.0) if fits else None
 
-    found = largest(measured, 1000)
-    assert 94 <= found.batch <= 100 and len(sizes) == len(set(sizes)) <= 10
+    found, leads = largest(measured, 1000, most=1000)
+    assert leads is None and 94 <= found.batch <= 100 and len(sizes) == len(set(sizes)) <= 10
+
+
+@pytest.mark.parametrize("most", [1, 2, 16])
+def test_more_than_most_is_told_by_the_line_and_not_compiled(most):
+    sizes = []
+
+    def measured(n):
+        sizes.append(n)
+        return Cost(n, 1, 0, 0, 80 + 20 * n, 0.0, 0.0, None, {}, 0.0)
+
+    found, leads = largest(measured, 20080, most)
+    assert found.batch == most == max(sizes)
+    assert leads == (None if most == 1 else 1000)
 
 
 @pytest.fixture(scope="module")
