@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     total, skipped = sum(n["count"] for n in notes), sum(len(n["skipped"]) for n in notes)
     told = f"; skipped {skipped}, named in {args.out / 'skipped.jsonl'}" if skipped else ""
-    print(f"{args.out}: {total} examples in {shards} shards{told}")
+    print(f"{args.out}: {total} examples in {shards} shard{'s' * (shards != 1)}{told}")
     if not total:
         raise ValueError(f"{source.name}: no usable image")
     return 0

@@ -14,22 +14,21 @@ from ml_collections import ConfigDict
 
 from composer_jax import conditions
 from composer_jax.commands.pictures import grid, save_png
-from composer_jax.data.sources import open_source
-from composer_jax.data.stream import Caches, is_cache
 from composer_jax.diffusion import Use
 from composer_jax.training.cluster import gather, is_main, join, main_first, share
 from composer_jax.training.config import keep_config, load_config
 from composer_jax.training.ema import snapshot_path, write_snapshot
+from composer_jax.training.held_out import held_out_loss
 from composer_jax.training.loop import Interrupted, Settings
 from composer_jax.training.loop import train as run_loop
 from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import only
-from composer_jax.training.tasks import Task, make_task
+from composer_jax.training.tasks import Task, make_task, open_data
 from composer_jax.training.warm_start import start_from
 
 PREFIX = "--config."
-SHOWN = 8  # held-out examples in a sample grid
+SHOWN = 8  # examples in a sample grid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,10 +71,7 @@ def train(config: ConfigDict, workdir: Path) -> Task:
 
     Raises ValueError for a config that cannot be run, `Interrupted` after a signal.
     """
-    if is_cache(config.source):
-        source = Caches(config.source, size=config.image_size)
-    else:
-        source = open_source(config.source, size=config.image_size, seed=config.seed)
+    source = open_data(config.source, config)
     settings = Settings(
         steps=config.steps,
         batch=config.batch,
@@ -103,7 +99,11 @@ def train(config: ConfigDict, workdir: Path) -> Task:
         if is_main():
             task.export(params, step)
 
-    hooks = []
+    hooks, data = [], task.data
+    if data.held_out:
+        held_out = data.held_out, data.held_out_count
+        hook = held_out_loss(task.loss, *held_out, config.seed, config.dtype)
+        hooks.append((config.held_out_every, hook))
     if config.ema_lengths:
         hooks.append((config.snapshot_every, _snapshots(task, workdir)))
     if config.sample_every and config.task in ("codec", "composer"):
@@ -116,7 +116,7 @@ def train(config: ConfigDict, workdir: Path) -> Task:
 
         hooks.append((config.sample_every, sample))
     warm = partial(start_from, tensors=task.start) if task.start else None
-    run_loop(task.init, loss, optimizer, task.batch, settings, workdir, hooks, export, warm)
+    run_loop(task.init, loss, optimizer, data.batch, settings, workdir, hooks, export, warm)
     return task
 
 
@@ -138,7 +138,7 @@ def _snapshots(task: Task, workdir: Path):
 def _grids(task: Task, workdir: Path):
     """Of a step: writes `samples/STEP.png`, for the composer a row for each condition alone."""
     pipelines: list = []
-    count = min(SHOWN, len(task.pool["image"]))
+    count = min(SHOWN, len(task.data.pool["image"]))
 
     def composer_grid() -> np.ndarray:
         from composer_jax.sampling.pipeline import Pipeline
@@ -149,11 +149,11 @@ def _grids(task: Task, workdir: Path):
         else:
             pipelines.append(Pipeline.load(workdir))
         pipe = pipelines[0]
-        rows = [task.pool["image"][:count]]
+        rows = [task.data.pool["image"][:count]]
         for name in (*pipe.names, None):
             if name is not None and not conditions.get(name).cached:
                 continue
-            stored = task.pool["stored"]
+            stored = task.data.pool["stored"]
             shown = [
                 {name: [jax.tree.map(lambda a, i=i: np.array(a[i]), stored[name])]} if name else {}
                 for i in range(count)
@@ -165,7 +165,7 @@ def _grids(task: Task, workdir: Path):
     def codec_grid() -> np.ndarray:
         from composer_jax.storage.models import load_codec
 
-        images = np.array(task.pool["image"][:count])
+        images = np.array(task.data.pool["image"][:count])
         vae = load_codec(workdir)
         decoded = vae.decode(vae.latents(vae.encode(images.astype(np.float32) / 127.5 - 1.0)))
         decoded = np.round((np.clip(decoded, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)

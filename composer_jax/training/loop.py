@@ -18,7 +18,7 @@ from composer_jax.storage.checkpoints import Checkpoints
 from composer_jax.training.cluster import Stop, leave
 from composer_jax.training.hardware import compiler_options
 from composer_jax.training.log import Log, NonFinite
-from composer_jax.training.sharding import batch_sharding, dotted, make_mesh, shard_tree
+from composer_jax.training.sharding import dotted, make_mesh, shard_tree, to_devices
 from composer_jax.training.state import TrainState, create_state
 from composer_jax.training.step import Loss, jit_step
 
@@ -98,12 +98,11 @@ def train(
         state = warm(state) if warm else state
 
     jitted = jit_step(shardings, loss, optimizer, settings.ema, settings.accumulate, settings.dtype)
-    to_device = partial(_to_device, sharding=batch_sharding(mesh))
     seed = np.uint32(settings.seed)
     told = Log(workdir, start, settings.steps, settings.batch, notes.get("waiting", ()))
     try:
         with Stop() as stop:
-            upcoming = to_device(batch(start)) if start < settings.steps else None
+            upcoming = to_devices(batch(start), mesh) if start < settings.steps else None
             with jax.set_mesh(mesh):  # by which kernels are split over devices
                 lowered = jitted.lower(state, upcoming, seed) if upcoming else None
             options = compiler_options(mesh.devices.flat[0])
@@ -115,7 +114,7 @@ def train(
                 done = step + 1
                 told.add(done, metrics)
                 if done < settings.steps:  # the host makes the next batch while the device works
-                    upcoming = to_device(batch(done))
+                    upcoming = to_devices(batch(done), mesh)
                 asked, last = stop.asked(done), done == settings.steps
                 if last or done % settings.log_every == 0:
                     told.write()
@@ -180,10 +179,6 @@ class _Profile:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self._on = False
-
-
-def _to_device(tree, sharding):
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
 
 
 def _flops(compiled) -> float:

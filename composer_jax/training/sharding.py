@@ -37,6 +37,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def to_devices(tree, mesh: Mesh):
+    """Puts this process's part of a batch, numpy arrays, on the mesh's devices."""
+    place = batch_sharding(mesh)
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(place, a), tree)
+
+
 def dotted(path) -> str:
     """The name of a leaf by its key path: "unet.conv_in.kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

@@ -17,8 +17,9 @@ from composer_jax import conditions
 from composer_jax.data.extractors import load_extractors
 from composer_jax.data.pipeline import batches
 from composer_jax.data.prepare import prepare
-from composer_jax.data.sources import Source
-from composer_jax.data.stream import Caches
+from composer_jax.data.scenes import Scenes
+from composer_jax.data.sources import Source, open_source
+from composer_jax.data.stream import Caches, is_cache
 from composer_jax.models.blocks import Keys, abstract
 from composer_jax.models.clip import small_clip
 from composer_jax.models.detectors import DepthConfig, DepthRegressor, depth_loss
@@ -34,8 +35,21 @@ log = logging.getLogger("composer_jax")
 
 
 @dataclass(frozen=True)
+class Data:
+    """`batch(step)`: this process's part of a batch. `pool`: examples that a task looks at.
+
+    `held_out(i)`: its part of one of the `held_out_count` batches that are not trained on.
+    """
+
+    pool: Mapping[str, Any]
+    batch: Callable[[int], Any]
+    held_out: Callable[[int], Any] | None = None
+    held_out_count: int = 0
+
+
+@dataclass(frozen=True)
 class Task:
-    """`init()` gives parameters; `batch(step)` this process's part of a batch.
+    """`init()` gives parameters, which learn from `data`.
 
     `export(params, step)` writes `workdir/model`; `start`: trained weights by parameter, which a
     new run begins with; `tensors(params)`: a composer's trained tensors by name.
@@ -43,11 +57,17 @@ class Task:
 
     init: Callable[[], Any]
     loss: Loss
-    batch: Callable[[int], Any]
+    data: Data
     export: Callable[[Any, int], None]
-    pool: Mapping[str, Any]
     start: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: Callable[[Any], dict[str, Tensor]] | None = None
+
+
+def open_data(text: str, config, split: str = "train") -> Source | Caches:
+    """The source or the caches of that name, for a config; raises ValueError, one line."""
+    if is_cache(text):
+        return Caches(text, size=config.image_size)
+    return open_source(text, size=config.image_size, seed=config.seed, split=split)
 
 
 def make_task(config, source: Source | Caches, workdir: Path) -> Task:
@@ -73,18 +93,31 @@ def _data(
     encoders: Encoders = {},  # noqa: B006
     made_by: Mapping[str, Any] = {},
     shown: int = 8,
-) -> tuple[Mapping[str, Any], Callable[[int], Any]]:
-    """Examples (all of a source's, the first `shown` of a cache), and this process's batches.
+) -> Data:
+    """Batches of `source` and `config.held_out`; the pool is all of a source, `shown` of a cache.
 
     `take`: what of an example goes into a batch.
     """
     part = share(make_mesh(**config.mesh), config.batch)
-    if isinstance(source, Caches):
-        source.check(names, made_by)
-        read = source.batches(config.batch, config.seed, part)
-        return source.examples(range(min(shown, len(source)))), lambda step: take(read(step))
-    pool = prepare(source, names, tools, encoders, workdir / "pool", made_by)
-    return pool, batches(take(pool), config.batch, config.seed, part)
+
+    def opened(source: Source | Caches, folder: Path) -> tuple[dict, Callable[[int], Any], int]:
+        """The first examples, batches, and how many of these go over all."""
+        if isinstance(source, Caches):
+            source.check(names, made_by)
+            read = source.batches(config.batch, config.seed, part)
+            pool, count = source.examples(range(min(shown, len(source)))), len(source)
+            return pool, lambda step: take(read(step)), -(-count // config.batch)
+        pool = prepare(source, names, tools, encoders, folder, made_by)
+        rows = batches(take(pool), config.batch, config.seed, part)
+        return pool, rows, -(-len(pool["image"]) // config.batch)
+
+    if not config.held_out:
+        return Data(*opened(source, workdir / "pool")[:2])
+    held_out = open_data(config.held_out, config, split="test")
+    if config.held_out == config.source and not isinstance(held_out, Scenes):
+        raise ValueError(f"held_out is the source itself, {config.source}; another is wanted")
+    pool, rows, _ = opened(source, workdir / "pool")
+    return Data(pool, rows, *opened(held_out, workdir / "held_out")[1:])
 
 
 def _stored(names: Sequence[str], *more: str) -> Callable[[Mapping], dict]:
@@ -106,7 +139,8 @@ def to_unit(images: jax.Array) -> jax.Array:
 def codec_task(config, source: Source | Caches, workdir: Path) -> Task:
     """An autoencoder on images alone; exports it standardised by its own latents."""
     take = lambda tree: {"image": tree["image"]}  # noqa: E731
-    pool, rows = _data(config, source, workdir, take, shown=1024)
+    data = _data(config, source, workdir, take, shown=1024)
+    pool = data.pool
     vae_config = VAEConfig.from_dict(config.model.to_dict())
     dtype = jnp.dtype(config.dtype)
 
@@ -131,7 +165,7 @@ def codec_task(config, source: Source | Caches, workdir: Path) -> Task:
         vae.config = standardised(vae_config, moments)
         save_part(workdir / "model" / "vae", vae)
 
-    return Task(lambda: start, loss, rows, export, pool)
+    return Task(lambda: start, loss, data, export)
 
 
 def clip_task(config, source: Source | Caches, workdir: Path) -> Task:
@@ -154,7 +188,7 @@ def clip_task(config, source: Source | Caches, workdir: Path) -> Task:
     encoders = {"ids": lambda images, given: clip.tokenize(given["caption"])}
     take = lambda tree: {key: tree[key] for key in ("image", "ids")}  # noqa: E731
     made_by = {"seed": config.seed}
-    pool, rows = _data(config, source, workdir, take, encoders=encoders, made_by=made_by)
+    data = _data(config, source, workdir, take, encoders=encoders, made_by=made_by)
 
     def loss(params, batch, keys):
         del keys
@@ -164,12 +198,12 @@ def clip_task(config, source: Source | Caches, workdir: Path) -> Task:
         del step
         clip.with_params(params).save(workdir / "model" / "clip")
 
-    return Task(lambda: clip.params, loss, rows, export, pool)
+    return Task(lambda: clip.params, loss, data, export)
 
 
 def depth_task(config, source: Source | Caches, workdir: Path) -> Task:
     """A depth regressor on images whose depth the source knows; it measures samples."""
-    pool, rows = _data(config, source, workdir, _stored(("depth",)), ("depth",))
+    data = _data(config, source, workdir, _stored(("depth",)), ("depth",))
     model_config, depth = DepthConfig.from_dict(config.model.to_dict()), conditions.get("depth")
 
     def create() -> DepthRegressor:
@@ -187,7 +221,7 @@ def depth_task(config, source: Source | Caches, workdir: Path) -> Task:
         regressor = nnx.merge(graph, params)
         save_part(workdir / "model" / "depth", regressor, "float16")
 
-    return Task(lambda: nnx.state(create()), loss, rows, export, pool)
+    return Task(lambda: nnx.state(create()), loss, data, export)
 
 
 def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
@@ -198,7 +232,7 @@ def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
     recipe = make_recipe(config, names, clip.sizes, vae.config, absent_values(names, tools))
     made_by, encoders = extractors.made_by, extractors.encoders
     take = _stored(names, "moments")
-    pool, rows = _data(config, source, workdir, take, names, tools, encoders, made_by)
+    data = _data(config, source, workdir, take, names, tools, encoders, made_by)
 
     info = {
         "process": recipe.process.to_dict(),
@@ -221,7 +255,7 @@ def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
         every = module_tensors(recipe.composer(params))
         return {name: t for name, t in every.items() if not name.startswith("absent.")}
 
-    return Task(recipe.init, recipe.loss, rows, export, pool, recipe.start, tensors)
+    return Task(recipe.init, recipe.loss, data, export, recipe.start, tensors)
 
 
 def absent_values(names, tools: Mapping[str, Any]) -> dict:
