@@ -32,6 +32,17 @@ MAY_CHANGE = (
     "profile_steps",
     "snapshot_every",
 )
+LEAST = {
+    "seed": 0,
+    "image_size": 1,
+    "steps": 1,
+    "batch": 1,
+    "log_every": 1,
+    "save_every": 1,
+    "snapshot_every": 1,
+    "held_out_every": 1,
+    "sample_every": 0,  # never
+}
 STAY = ("optimizer.name", "optimizer.mu_dtype")  # of these: what an optimizer's state is made of
 
 
@@ -71,7 +82,8 @@ def defaults() -> ConfigDict:
 def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The config that `NAME[:variant]` or `FILE.py[:variant]` names, with `key=value` overrides.
 
-    Raises ValueError, one line, for an unknown config, variant or key, or a value of another type.
+    Raises ValueError, one line, for an unknown config, variant or key, or a value of another type
+    or under the least that makes sense.
     """
     path, _, variant = text.partition(":")
     if path.endswith(".py"):
@@ -91,6 +103,9 @@ def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config = module.get_config(variant).lock()
     for override in overrides:
         _override(config, override)
+    for key, least in LEAST.items():
+        if config[key] < least:
+            raise ValueError(f"config key {key} is {config[key]}; at least {least} is wanted")
     return config
 
 
