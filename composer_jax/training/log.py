@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -77,6 +78,14 @@ class Log:
         self._bar.set_postfix(shown)
         self.scalars(self._waiting[-1][0], {**mean, "images_per_second": rate})
         self._waiting, self._timed, self._since = [], 0, time.perf_counter()
+
+    @contextmanager
+    def away(self):
+        """What is done in here, once the steps so far are computed, takes none of their time."""
+        jax.block_until_ready([row for _, row in self._waiting])
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a line of its own, unless there is nothing to write."""

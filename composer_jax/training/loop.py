@@ -120,7 +120,8 @@ def train(
                     told.write()
                 for every, hook in hooks if not asked else ():  # who asks does not wait for long
                     if last or done % every == 0:
-                        told.scalars(done, hook(done, state) or {})
+                        with told.away():
+                            told.scalars(done, hook(done, state) or {})
                 if last or done % settings.save_every == 0 or asked:
                     checkpoints.save(done, state, {"waiting": told.waiting()})
                     if on_save:

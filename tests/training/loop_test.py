@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,13 @@ def test_hooks_have_one_signature_and_their_scalars_are_logged(tmp_path):
     assert seen == [3, 6, 7]
     counted = [row for row in rows(tmp_path) if "counted" in row]
     assert counted == [{"step": step, "counted": float(step)} for step in seen]
+
+
+def test_the_time_of_hooks_is_not_that_of_steps(tmp_path):
+    fit(tmp_path, settings(12, save_every=100), hooks=[(3, lambda step, state: time.sleep(1))])
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    rates = [line["images_per_second"] for line in lines]
+    assert len(rates) == 6 and min(rates[1:]) > 64  # 32 images, or 31 a second and less
 
 
 def test_a_profile_of_some_steps_is_for_tensorboard(tmp_path):
