@@ -101,8 +101,9 @@ def train(config: ConfigDict, workdir: Path) -> Task:
 
     hooks, data = [], task.data
     if data.held_out:
-        held_out = data.held_out, data.held_out_count
-        hook = held_out_loss(task.loss, *held_out, config.seed, config.dtype)
+        batches, count = data.held_out, data.held_out_count
+        options = {"dtype": config.dtype, "accumulate": config.accumulate}
+        hook = held_out_loss(task.loss, batches, count, config.seed, **options)
         hooks.append((config.held_out_every, hook))
     if config.ema_lengths:
         hooks.append((config.snapshot_every, _snapshots(task, workdir)))

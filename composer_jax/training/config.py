@@ -104,7 +104,7 @@ def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
     for override in overrides:
         _override(config, override)
     for key, least in LEAST.items():
-        if config[key] < least:
+        if config.get(key, least) < least:
             raise ValueError(f"config key {key} is {config[key]}; at least {least} is wanted")
     return config
 

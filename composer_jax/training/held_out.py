@@ -7,22 +7,29 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from composer_jax.training.loop import Hook
 from composer_jax.training.sharding import gathered, to_devices
 from composer_jax.training.state import TrainState
-from composer_jax.training.step import Loss, example_keys
+from composer_jax.training.step import Loss, example_keys, in_parts
 
 
 def held_out_loss(
-    loss: Loss, batch: Callable[[int], Any], count: int, seed: int, dtype: str
+    loss: Loss,
+    batch: Callable[[int], Any],
+    count: int,
+    seed: int,
+    dtype: str,
+    accumulate: int = 1,
 ) -> Hook:
     """A hook that gives the exponential average's mean loss, `held_out_loss`, over `count` batches.
 
     `batch(i)`: this process's part of batch i, numpy arrays. Noise, times and dropped conditions
     are drawn anew for each example, but the same at every call: numbers of different steps compare.
-    What else the loss tells is named alike.
+    What else the loss tells is named alike. `accumulate`: parts that a batch is taken in, as in
+    training.
     """
     evaluate: Callable | None = None
 
@@ -32,19 +39,29 @@ def held_out_loss(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state.ema)
         mesh = jax.tree.leaves(shardings)[0].mesh
         if evaluate is None:
-            evaluate = jax.jit(partial(_evaluate, loss=loss, shardings=shardings, dtype=dtype))
+            options = {"loss": loss, "shardings": shardings, "dtype": dtype, "parts": accumulate}
+            evaluate = jax.jit(partial(_evaluate, **options))
+        rows, upcoming = [], to_devices(batch(0), mesh)
         with jax.set_mesh(mesh):
-            rows = [
-                evaluate(state.ema, to_devices(batch(i), mesh), np.uint32(seed), np.uint32(i))
-                for i in range(count)
-            ]
+            for i in range(count):
+                row = evaluate(state.ema, upcoming, np.uint32(seed), np.uint32(i))
+                if i + 1 < count:  # the host makes the next batch while the device works
+                    upcoming = to_devices(batch(i + 1), mesh)
+                rows.append(jax.device_get(row))
         return {f"held_out_{key}": float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
     return hook
 
 
-def _evaluate(params, batch, seed, index, *, loss: Loss, shardings, dtype: str) -> dict:
+def _evaluate(params, batch, seed, index, *, loss: Loss, shardings, dtype, parts: int) -> dict:
     key = jax.random.fold_in(jax.random.key(seed), index)
     keys = example_keys(key, len(jax.tree.leaves(batch)[0]))
-    value, metrics = loss(gathered(params, shardings, dtype), batch, keys)
-    return {"loss": value, **metrics}
+    params = gathered(params, shardings, dtype)
+
+    def of(part):
+        examples, bits = part
+        value, metrics = loss(params, examples, jax.random.wrap_key_data(bits))
+        return {"loss": value, **metrics}
+
+    rows = jax.lax.map(of, in_parts((batch, jax.random.key_data(keys)), parts))
+    return jax.tree.map(jnp.mean, rows)

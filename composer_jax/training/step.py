@@ -24,6 +24,16 @@ def example_keys(key: jax.Array, count: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
+def in_parts(tree, parts: int):
+    """A batch [B, ...] as [parts, B / parts, ...]: every device's examples stay on it, as part i
+    takes each `parts`-th."""
+
+    def split(leaf):
+        return jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
 def only(
     pattern: str, loss: Loss, optimizer: optax.GradientTransformation
 ) -> tuple[Loss, optax.GradientTransformation]:
@@ -117,13 +127,10 @@ def _gradient(loss: Loss, params, batch, keys, parts: int) -> tuple[dict, Any]:
     if parts == 1:
         return of(whole)
 
-    def split(leaf):  # every device's examples stay on it: part i takes each `parts`-th
-        return jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)
-
     def add(total, part):
         return jax.tree.map(jnp.add, total, of(part)), None
 
-    every = jax.tree.map(split, whole)
+    every = in_parts(whole, parts)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), every)
     shapes = jax.eval_shape(of, one)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
