@@ -139,7 +139,7 @@ def _snapshots(task: Task, workdir: Path):
 def _grids(task: Task, workdir: Path):
     """Of a step: writes `samples/STEP.png`, for the composer a row for each condition alone."""
     pipelines: list = []
-    count = min(SHOWN, len(task.data.pool["image"]))
+    count = min(SHOWN, len(task.data.shown["image"]))
 
     def composer_grid() -> np.ndarray:
         from composer_jax.sampling.pipeline import Pipeline
@@ -150,11 +150,11 @@ def _grids(task: Task, workdir: Path):
         else:
             pipelines.append(Pipeline.load(workdir))
         pipe = pipelines[0]
-        rows = [task.data.pool["image"][:count]]
+        rows = [task.data.shown["image"][:count]]
         for name in (*pipe.names, None):
             if name is not None and not conditions.get(name).cached:
                 continue
-            stored = task.data.pool["stored"]
+            stored = task.data.shown["stored"]
             shown = [
                 {name: [jax.tree.map(lambda a, i=i: np.array(a[i]), stored[name])]} if name else {}
                 for i in range(count)
@@ -166,7 +166,7 @@ def _grids(task: Task, workdir: Path):
     def codec_grid() -> np.ndarray:
         from composer_jax.storage.models import load_codec
 
-        images = np.array(task.data.pool["image"][:count])
+        images = np.array(task.data.shown["image"][:count])
         vae = load_codec(workdir)
         decoded = vae.decode(vae.latents(vae.encode(images.astype(np.float32) / 127.5 - 1.0)))
         decoded = np.round((np.clip(decoded, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)

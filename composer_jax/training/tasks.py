@@ -38,11 +38,13 @@ log = logging.getLogger("composer_jax")
 class Data:
     """`batch(step)`: this process's part of a batch. `pool`: examples that a task looks at.
 
-    `held_out(i)`: its part of one of the `held_out_count` batches that are not trained on.
+    `shown`: examples that a person looks at, not trained on where any are held out. `held_out(i)`:
+    its part of one of the `held_out_count` batches of these.
     """
 
     pool: Mapping[str, Any]
     batch: Callable[[int], Any]
+    shown: Mapping[str, Any]
     held_out: Callable[[int], Any] | None = None
     held_out_count: int = 0
 
@@ -111,13 +113,13 @@ def _data(
         rows = batches(take(pool), config.batch, config.seed, part)
         return pool, rows, -(-len(pool["image"]) // config.batch)
 
-    if not config.held_out:
-        return Data(*opened(source, workdir / "pool")[:2])
-    held_out = open_data(config.held_out, config, split="test")
+    held_out = open_data(config.held_out, config, split="test") if config.held_out else None
     if config.held_out == config.source and not isinstance(held_out, Scenes):
         raise ValueError(f"held_out is the source itself, {config.source}; another is wanted")
     pool, rows, _ = opened(source, workdir / "pool")
-    return Data(pool, rows, *opened(held_out, workdir / "held_out")[1:])
+    if held_out is None:
+        return Data(pool, rows, shown=pool)
+    return Data(pool, rows, *opened(held_out, workdir / "held_out"))
 
 
 def _stored(names: Sequence[str], *more: str) -> Callable[[Mapping], dict]:

@@ -41,7 +41,7 @@ def test_a_config_names_what_is_held_out(tmp_path):
     task = train(config, tmp_path)
     told = [row for row in rows(tmp_path) if "held_out_loss" in row]
     assert [row["step"] for row in told] == [2, 4] and task.data.held_out_count == 3
-    held_out = np.load(tmp_path / "held_out" / "image.npy")
+    held_out = task.data.shown["image"]
     trained = {image.tobytes() for image in task.data.pool["image"]}
     assert len(held_out) == 20 and not trained & {image.tobytes() for image in held_out}
 
