@@ -73,7 +73,7 @@ def defaults() -> ConfigDict:
     config.log_every = 20
     config.save_every = 500
     config.sample_every = 0
-    config.held_out = ""  # a source that is never trained on, for its loss in the log
+    config.held_out = ""  # a source that is never trained on, for its loss in the log and for grids
     config.held_out_every = 500
     config.profile_steps = ()  # (10, 15): a profile of these steps, for TensorBoard
     return config
