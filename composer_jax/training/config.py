@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "profile_steps",
     "snapshot_every",
 )
+STAY = ("optimizer.name", "optimizer.mu_dtype")  # of these: what an optimizer's state is made of
+# numbers under these divide by zero or train nothing
 LEAST = {
     "seed": 0,
     "image_size": 1,
@@ -43,7 +45,6 @@ LEAST = {
     "held_out_every": 1,
     "sample_every": 0,  # never
 }
-STAY = ("optimizer.name", "optimizer.mu_dtype")  # of these: what an optimizer's state is made of
 
 
 def defaults() -> ConfigDict:
