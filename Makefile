@@ -33,6 +33,8 @@ transformers5: .venv5/installed
 .venv/parity: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  -e '.[test,parity]'
+	@# CMMD's, of which one file is read: what its models need is not wanted
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps clip-mmd==0.0.2
 	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt

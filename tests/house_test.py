@@ -27,7 +27,7 @@ LAZY = {
     "h5py": {"models/hed.py"},
     "huggingface_hub": {"models/hub.py"},
     "safetensors": {"models/files.py"},
-    "torch": set(),
+    "torch": {"evaluation/quality.py"},
     "diffusers": set(),
 }
 
