@@ -21,11 +21,17 @@ def get_config(variant: str = "") -> ConfigDict:
     config.source = "scenes:20000"
     config.image_size = 64
     config.seed = 1
-    config.steps = 5000
+    config.steps = 4000
     config.batch = 32
     config.model = ConfigDict(DepthConfig().to_dict())
     config.optimizer.update(
-        learning_rate=2e-3, warmup=100, decay=0.6, weight_decay=1e-4, clip=1.0, betas=(0.9, 0.99)
+        name="muon",
+        learning_rate=2e-3,
+        warmup=100,
+        decay=0.6,
+        weight_decay=1e-4,
+        clip=1.0,
+        betas=(0.9, 0.99),
     )
     config.ema = 0.998
     if variant == "smoke":

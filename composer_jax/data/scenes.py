@@ -48,6 +48,7 @@ SKIES = {
 }
 SIZES = {"small": (0.48, 0.58), "large": (0.84, 1.02)}
 MATERIALS = ("matte", "shiny")
+KINDS = ("shape", "colour", "size")
 MOST = 4
 CHUNK = 16
 TEST_SEED = 1 << 20  # added to the seed for held-out scenes
@@ -175,15 +176,18 @@ class Scenes(Source):
         """Images and all that is known: caption, depth, instances, classes, attributes."""
         described = [describe(self.seed, int(i)) for i in indices]
         rendered = render(described, self.size)
-        classes = np.zeros((len(described), MOST + 1), np.int32)
-        for row, scene in zip(classes, described, strict=True):
+        objects = np.zeros((len(described), MOST + 1, 5), np.float32)
+        for rows, scene in zip(objects, described, strict=True):
             for i, thing in enumerate(scene["objects"]):
-                row[i + 1] = SHAPES.index(thing["shape"])
+                kinds = zip((SHAPES, list(COLOURS), list(SIZES)), KINDS, strict=True)
+                rows[i + 1] = [*(known.index(thing[key]) for known, key in kinds),
+                               thing["x"], thing["distance"]]  # fmt: skip
         given = {
             "caption": [d["caption"] for d in described],
             "depth": rendered["depth"],
             "instances": rendered["instances"],
-            "classes": classes,
+            "classes": objects[..., 0].astype(np.int32),
+            "objects": objects,  # by id: shape, colour, size as numbers, screen x, distance
         }
         facts = [{key: d[key] for key in ("objects", "floor", "sky")} for d in described]
         return {"image": rendered["image"], "given": given, "facts": facts}

@@ -29,7 +29,7 @@ PATCH, EPS = 4, 1e-6
 class DepthConfig:
     """A depth regressor's shape: channels at a quarter and at an eighth of the image's size."""
 
-    widths: tuple[int, int] = (64, 128)
+    widths: tuple[int, int] = (64, 120)
     norm_num_groups: int = 8
 
     def to_dict(self) -> dict:
@@ -42,13 +42,17 @@ class DepthConfig:
         return cls(**strict(cls, values))
 
 
-class DepthRegressor(nnx.Module):
-    """Relative inverse depth from an image: two resolutions, attention at the lower, a skip."""
+class Dense(nnx.Module):
+    """Numbers for every pixel: two resolutions, attention at the lower, a skip.
 
-    def __init__(self, config: DepthConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.config = config
+    `widths`: channels at a quarter and at an eighth of the image's size.
+    """
+
+    def __init__(
+        self, widths: tuple[int, int], groups: int, outputs: int, *, dtype, rngs: nnx.Rngs
+    ):
         options = {"dtype": dtype, "rngs": rngs}
-        groups, (high, low) = config.norm_num_groups, config.widths
+        high, low = widths
         self.conv_in = conv3(3 * PATCH**2, high, **options)
         self.down = ResnetBlock(high, high, None, groups, EPS, **options)
         self.downsample = Downsample(high, asymmetric=False, **options)
@@ -58,16 +62,28 @@ class DepthRegressor(nnx.Module):
         self.upsample = Upsample(low, **options)
         self.up = ResnetBlock(low + high, high, None, groups, EPS, **options)
         self.norm_out = group_norm(high, groups, EPS, **options)
-        self.conv_out = conv3(high, PATCH**2, **options)
+        self.conv_out = conv3(high, outputs * PATCH**2, **options)
 
-    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b H W"]:
-        """images [B, H, W, 3] in [-1, 1], H and W multiples of 8; returns about [0, 1], near 1."""
+    def dense(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b H W c"]:
+        """images [B, H, W, 3] in [-1, 1], H and W multiples of 8; returns [B, H, W, outputs]."""
         high_BxhxwxC = self.down(self.conv_in(space_to_depth(images, PATCH)))
         low_BxhxwxD = self.attention(self.middle_in(self.downsample(high_BxhxwxC)))
         up_BxhxwxD = self.upsample(self.middle_out(low_BxhxwxD))
         x_BxhxwxC = self.up(jnp.concatenate([up_BxhxwxD, high_BxhxwxC], axis=-1))
         x_BxhxwxP = self.conv_out(jax.nn.silu(self.norm_out(x_BxhxwxC)))
-        return depth_to_space(x_BxhxwxP, PATCH)[..., 0].astype(jnp.float32)
+        return depth_to_space(x_BxhxwxP, PATCH).astype(jnp.float32)
+
+
+class DepthRegressor(Dense):
+    """Relative inverse depth from an image."""
+
+    def __init__(self, config: DepthConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        super().__init__(config.widths, config.norm_num_groups, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b H W"]:
+        """images [B, H, W, 3] in [-1, 1], H and W multiples of 8; returns about [0, 1], near 1."""
+        return self.dense(images)[..., 0]
 
     def tool(self):
         """The depth network that the condition `depth` takes: uint8 [B, H, W, 3] to [B, H, W]."""

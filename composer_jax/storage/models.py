@@ -34,6 +34,7 @@ from composer_jax.models.files import (
     write_json,
     write_tensors,
 )
+from composer_jax.models.objects import ObjectConfig, ObjectDetector
 from composer_jax.models.pretrained import open_vae
 from composer_jax.models.vae import VAE
 
@@ -52,7 +53,7 @@ class Model:
 
 
 def find_part(where: str | Path, part: str) -> Path:
-    """The folder of a "vae", a "clip" or a "depth" regressor: "bundled", itself, or inside a model.
+    """The folder of a "vae", "clip", "depth" or "objects": "bundled", itself, or inside a model.
 
     Raises ValueError where there is none.
     """
@@ -71,9 +72,14 @@ def clip_source(where: str | Path) -> Path | str:
     return find_part(where, "clip") if known else where
 
 
-def save_part(folder: Path, part: VAE | DepthRegressor, dtype: str | None = None) -> None:
+KINDS = {VAE: "vae", DepthRegressor: "depth", ObjectDetector: "objects"}
+
+
+def save_part(
+    folder: Path, part: VAE | DepthRegressor | ObjectDetector, dtype: str | None = None
+) -> None:
     """Writes a network's config and tensors into `folder`, replacing it in one move."""
-    kind = {VAE: "vae", DepthRegressor: "depth"}[type(part)]
+    kind = KINDS[type(part)]
     tensors = module_tensors(part)
     if dtype:
         tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
@@ -100,10 +106,19 @@ def load_codec(where: str | Path, dtype=jnp.float32) -> VAE:
 
 def load_depth(folder: Path, dtype=jnp.float32) -> DepthRegressor:
     """Reads a depth regressor of `save_part`; raises ValueError where something is off."""
+    return _load_detector(folder, DepthRegressor, DepthConfig, dtype)
+
+
+def load_objects(folder: Path, dtype=jnp.float32) -> ObjectDetector:
+    """Reads an object detector of `save_part`; raises ValueError where something is off."""
+    return _load_detector(folder, ObjectDetector, ObjectConfig, dtype)
+
+
+def _load_detector(folder: Path, kind: type, config_kind: type, dtype) -> nnx.Module:
     values = read_json(folder / "config.json")
     values = {key: value for key, value in values.items() if key not in ("format", "kind")}
-    config = DepthConfig.from_dict(values)
-    part, path = abstract(DepthRegressor, config, dtype=dtype), folder / "model.safetensors"
+    part = abstract(kind, config_kind.from_dict(values), dtype=dtype)
+    path = folder / "model.safetensors"
     fill_module(part, open_tensors(path), str(path), dtype)
     return part
 

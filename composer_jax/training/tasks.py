@@ -1,4 +1,4 @@
-"""What the loop trains: codec, CLIP, depth regressor, composer; each with its loss and batches."""
+"""What the loop trains: codec, CLIP, detectors, composer; each with its loss and batches."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from composer_jax.models.blocks import Keys, abstract
 from composer_jax.models.clip import small_clip
 from composer_jax.models.detectors import DepthConfig, DepthRegressor, depth_loss
 from composer_jax.models.files import Tensor, module_tensors
+from composer_jax.models.objects import ObjectConfig, ObjectDetector, object_loss
 from composer_jax.models.vae import VAE, VAEConfig, codec_loss, pca_skip, standardised
 from composer_jax.storage.models import replacing, save_model, save_part
 from composer_jax.training.cluster import share
@@ -78,6 +79,7 @@ def make_task(config, source: Source | Caches, workdir: Path) -> Task:
         "codec": codec_task,
         "clip": clip_task,
         "depth": depth_task,
+        "objects": objects_task,
         "composer": composer_task,
     }
     if config.task not in tasks:
@@ -222,6 +224,35 @@ def depth_task(config, source: Source | Caches, workdir: Path) -> Task:
         del step
         regressor = nnx.merge(graph, params)
         save_part(workdir / "model" / "depth", regressor, "float16")
+
+    return Task(lambda: nnx.state(create()), loss, data, export)
+
+
+def objects_task(config, source: Source | Caches, workdir: Path) -> Task:
+    """A detector of the built-in world's objects; it measures samples."""
+    if not isinstance(source, Scenes):
+        raise ValueError(f"task objects trains from scenes, which know them, not {config.source}")
+    encoders = {
+        "ids": lambda images, given: given["instances"].astype(np.uint8),
+        "objects": lambda images, given: given["objects"],
+    }
+    take = lambda tree: {key: tree[key] for key in ("image", "ids", "objects")}  # noqa: E731
+    made_by = {"seed": config.seed}
+    data = _data(config, source, workdir, take, encoders=encoders, made_by=made_by)
+    model_config = ObjectConfig.from_dict(config.model.to_dict())
+
+    def create() -> ObjectDetector:
+        return ObjectDetector(model_config, dtype=config.dtype, rngs=Keys(config.seed))
+
+    graph = nnx.graphdef(nnx.eval_shape(create))
+
+    def loss(params, batch, keys):
+        detector, images = nnx.merge(graph, params), to_unit(batch["image"])
+        return object_loss(detector, images, batch["ids"], batch["objects"], keys)
+
+    def export(params, step: int) -> None:
+        del step
+        save_part(workdir / "model" / "objects", nnx.merge(graph, params), "float16")
 
     return Task(lambda: nnx.state(create()), loss, data, export)
 
