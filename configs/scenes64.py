@@ -41,11 +41,19 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model = dict(
         unet=PRESETS["scenes64"].to_dict(),
         local_channels=16,
+        stems="convolutions",  # or "resize": without parameters
         stem_width=48,
+        vectors="both",  # or "timestep" or "tokens" alone
         tokens_per_vector=4,
         context_length=72,
     )
-    config.process = dict(prediction="flow", schedule="flow", min_snr=None)
+    config.process = dict(
+        prediction="flow",
+        schedule="flow",
+        min_snr=None,
+        density="logit-normal",  # of training times, or "uniform"
+    )
+    config.keep = None  # a condition's chance in training; its own where None
     config.drop_all = 0.1
     config.keep_all = 0.1
     config.optimizer.update(
@@ -59,11 +67,17 @@ def get_config(variant: str = "") -> ConfigDict:
         config.steps, config.log_every, config.save_every = 300, 10, 150
         config.sample_every = 0
         config.optimizer.warmup = 50
+    elif variant == "ablation":
+        config.source = "scenes:8000"
+        config.steps, config.save_every, config.sample_every = 1500, 1500, 0
+        config.held_out = "scenes:512"
     elif variant == "smoke":
         config.source = "scenes:64"
         config.steps, config.batch, config.log_every = 4, 8, 2
         config.model.unet = PRESETS["tiny"].to_dict()
         config.optimizer.warmup = 1
     elif variant:
-        raise ValueError(f"scenes64 has no variant {variant!r}; there are quick and smoke")
+        raise ValueError(
+            f"scenes64 has no variant {variant!r}; there are quick, ablation and smoke"
+        )
     return config

@@ -47,11 +47,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model = dict(
         unet={**unet, "in_channels": unet["in_channels"] + LOCAL},
         local_channels=LOCAL,
+        stems="convolutions",  # or "resize": without parameters
         stem_width=128,
+        vectors="both",  # or "timestep" or "tokens" alone
         tokens_per_vector=4,
         context_length=128,
     )
     config.process = dict(prediction="eps", schedule="sd", zero_terminal_snr=False, min_snr=None)
+    config.keep = None  # a condition's chance in training; its own where None
     config.drop_all = 0.1
     config.keep_all = 0.1
     config.optimizer.update(

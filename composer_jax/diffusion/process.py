@@ -18,6 +18,7 @@ import numpy as np
 
 PREDICTIONS = ("flow", "eps", "v")
 SCHEDULES = ("flow", "sd")
+DENSITIES = ("logit-normal", "uniform")
 SPACINGS = ("uniform", "trailing", "karras")
 RHO = 7.0  # of the "karras" grid
 TIMESTEPS = 1000  # of Stable Diffusion's schedule
@@ -32,7 +33,8 @@ class Process:
     (alpha eps - sigma x0; arXiv 2202.00512). `schedule`: "flow" (alpha = 1 - t, sigma = t) or "sd"
     (Stable Diffusion's 1000 steps, t = (i + 1) / 1000 being step i). `zero_terminal_snr`: rescales
     "sd" so that alpha(1) = 0 (arXiv 2305.08891, algorithm 1). `min_snr`: gamma of min-SNR loss
-    weights (arXiv 2303.09556), None for none.
+    weights (arXiv 2303.09556), None for none. `density`: how the flow schedule's training times
+    are drawn, "logit-normal" (arXiv 2403.03206, eq. 19) or "uniform".
 
     Raises ValueError for anything else, and for "eps" where alpha(1) = 0: there the noise says
     nothing about x0.
@@ -42,10 +44,12 @@ class Process:
     schedule: str = "flow"
     zero_terminal_snr: bool = False
     min_snr: float | None = None
+    density: str = "logit-normal"
 
     def __post_init__(self):
         one_of("prediction", self.prediction, PREDICTIONS)
         one_of("schedule", self.schedule, SCHEDULES)
+        one_of("density", self.density, DENSITIES)
         if not isinstance(self.zero_terminal_snr, bool):
             raise ValueError(f"zero_terminal_snr is {self.zero_terminal_snr!r}; true or false")
         if self.zero_terminal_snr and self.schedule != "sd":
@@ -122,7 +126,9 @@ class Process:
         return (x_t - sigma * output) / total, (x_t + alpha * output) / total
 
     def sample_times(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Training times, float32: logit-normal (arXiv 2403.03206, eq. 19) or SD's steps evenly."""
+        """Training times, float32: by `density`, or SD's steps evenly."""
+        if self.schedule == "flow" and self.density == "uniform":
+            return jax.random.uniform(key, shape)
         if self.schedule == "flow":
             return jax.nn.sigmoid(jax.random.normal(key, shape))
         step = jax.random.randint(key, shape, 1, TIMESTEPS + 1)

@@ -20,9 +20,13 @@ from jaxtyping import Array, Float
 
 from composer_jax import conditions
 from composer_jax.conditions import Part
+from composer_jax.conditions.base import meant
 from composer_jax.models.blocks import MASKED, with_start
-from composer_jax.models.resizer import Stem, VectorProjection
+from composer_jax.models.resizer import Stem, VectorProjection, shrink
 from composer_jax.models.unet import UNet, UNetConfig
+
+STEMS = ("convolutions", "resize")
+VECTORS = ("both", "timestep", "tokens")
 
 Values = Mapping[str, Mapping[str, jax.Array]]
 
@@ -32,8 +36,10 @@ class ComposerConfig:
     """What a composer is made of; JSON both ways.
 
     `conditions`: ordered names. `sizes`: what CLIP decides (text_length, text_width, embed_width).
-    `latent_channels`, `factor`: the codec's. `context_length`: tokens of the padded context, with
-    free slots for conditions added later.
+    `latent_channels`, `factor`: the codec's. `stems`: how a map gets to latent size, by
+    "convolutions", or "resize" without parameters. `vectors`: where vectors go, into the "timestep"
+    embedding, the context as "tokens", or "both". `context_length`: tokens of the padded context,
+    with free slots for conditions added later.
     """
 
     unet: UNetConfig
@@ -42,9 +48,18 @@ class ComposerConfig:
     latent_channels: int = 4
     factor: int = 8
     local_channels: int = 16
+    stems: str = "convolutions"
     stem_width: int = 64
+    vectors: str = "both"
     tokens_per_vector: int = 4
     context_length: int = 128
+
+    def __post_init__(self):
+        for name, known in (("stems", STEMS), ("vectors", VECTORS)):
+            word = getattr(self, name)
+            if word not in known:
+                hint = meant(word, known)
+                raise ValueError(f"model.{name} {word!r}{hint}; allowed: {', '.join(known)}")
 
     def to_dict(self) -> dict:
         """As JSON's types."""
@@ -82,11 +97,18 @@ class ComposerConfig:
     def token_parts(self, name: str) -> dict[str, Part]:
         """The parts of a condition that become context tokens.
 
-        A vector does (`tokens_per_vector` of them), unless its condition brings tokens itself.
+        A vector does (`tokens_per_vector` of them), unless its condition brings tokens itself or
+        vectors go into the timestep embedding alone.
         """
         parts = self.parts(name)
         tokens = {key: part for key, part in parts.items() if part.kind == "tokens"}
-        return tokens or {key: part for key, part in parts.items() if part.kind == "vector"}
+        vectors = {key: part for key, part in parts.items() if part.kind == "vector"}
+        return tokens or (vectors if self.vectors != "timestep" else {})
+
+    @property
+    def embedded(self) -> tuple[str, ...]:
+        """The conditions whose vectors join the timestep embedding, in order."""
+        return self.having("vector") if self.vectors != "tokens" else ()
 
     def layout(self) -> dict[str, tuple[int, int]]:
         """Slots (start, stop) of each condition's tokens in the context, in order.
@@ -147,11 +169,11 @@ class Composer(nnx.Module):
         for name in config.conditions:
             for part_name, part in config.parts(name).items():
                 key, size = f"{name}_{part_name}", part.shape[-1]
-                if part.kind == "spatial":
+                if part.kind == "spatial" and config.stems == "convolutions":
                     stems[key] = Stem(
                         size, config.local_channels, config.stem_width, config.factor, **options
                     )
-                if part.kind == "vector":
+                if part.kind == "vector" and name in config.embedded:
                     embeddings[key] = VectorProjection(
                         size, part.norm, time_width, time_width, **options
                     )
@@ -187,8 +209,8 @@ class Composer(nnx.Module):
             for part_name, part in self.config.parts(name).items():
                 if part.kind == "spatial":
                     maps = values[name][part_name].astype(self.dtype)
-                    local[name] = self.stems[f"{name}_{part_name}"](maps) + local.get(name, 0.0)
-        embedding = {name: self._embed(name, values[name]) for name in self.config.having("vector")}
+                    local[name] = self._local(f"{name}_{part_name}", maps) + local.get(name, 0.0)
+        embedding = {name: self._embed(name, values[name]) for name in self.config.embedded}
         batch = jax.tree.leaves(dict(values))[0].shape[0]
         return Encoded(local, embedding, self.unet.project_context(self._context(values, batch)))
 
@@ -200,9 +222,14 @@ class Composer(nnx.Module):
             else {key: jnp.zeros((1, *p.shape)) for key, p in self.config.token_parts(name).items()}
             for name in self.config.conditions
         }
-        encoded = [name for name in self.config.having("vector") if name in self.absent]
+        encoded = [name for name in self.config.embedded if name in self.absent]
         embedding = {name: self._embed(name, values[name]) for name in encoded}
         return Encoded({}, embedding, self.unet.project_context(self._context(values, 1)))
+
+    def _local(self, key: str, maps: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
+        if key in self.stems:
+            return self.stems[key](maps)
+        return shrink(maps, self.config.factor, self.config.local_channels)
 
     def _embed(self, name: str, value: Mapping[str, jax.Array]) -> Float[Array, "b e"]:
         vectors = [k for k, part in self.config.parts(name).items() if part.kind == "vector"]

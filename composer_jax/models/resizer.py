@@ -37,6 +37,20 @@ class Stem(nnx.Module):
         return self.conv_out(h_BxhxwxD)
 
 
+def shrink(maps: Float[Array, "b H W c"], factor: int, out: int) -> Float[Array, "b h w d"]:
+    """Maps at latent size without parameters: means over patches, padded with zeros to `out`.
+
+    What a composer without stems sees, for comparison. Raises ValueError where maps have more
+    channels than that.
+    """
+    batch, height, width, channels = maps.shape
+    if channels > out:
+        raise ValueError(f"local_channels is {out}; a map of {channels} channels needs as many")
+    shape = (batch, height // factor, factor, width // factor, factor, channels)
+    small = jnp.mean(maps.reshape(shape), axis=(2, 4))
+    return jnp.pad(small, ((0, 0), (0, 0), (0, 0), (0, out - channels)))
+
+
 class VectorProjection(nnx.Module):
     """Projects a vector to the width of the timestep embedding, or to a few context tokens.
 

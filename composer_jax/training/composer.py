@@ -69,7 +69,11 @@ def make_recipe(
 
     graph = nnx.graphdef(nnx.eval_shape(create))
     constants = jax.device_get(jax.jit(lambda: nnx.state(create(), Constant))())
-    keep = np.asarray([conditions.get(name).keep_probability for name in names], np.float32)
+    chances = [conditions.get(name).keep_probability for name in names]
+    one = config.get("keep")
+    if one is not None and not 0.0 <= one <= 1.0:
+        raise ValueError(f"config key keep is {one}; a number from 0 to 1, or None, is wanted")
+    keep = np.asarray(chances if one is None else [one] * len(names), np.float32)
     draw = partial(draw_presence, keep=keep, drop_all=config.drop_all, keep_all=config.keep_all)
 
     def composer_of(params) -> Composer:
