@@ -13,9 +13,10 @@ from scipy.ndimage import binary_dilation
 from tqdm import tqdm
 
 from composer_jax import conditions
-from composer_jax.commands.pictures import save_png
 from composer_jax.data.sources import open_source
-from composer_jax.evaluation.control import extract_all, scenes_tools
+from composer_jax.evaluation.control import extract_all, tool_of
+from composer_jax.evaluation.judges import scenes_judges
+from composer_jax.evaluation.pictures import save_png
 from composer_jax.sampling import edits
 from composer_jax.sampling.picture import Picture
 from composer_jax.sampling.pipeline import Pipeline
@@ -29,7 +30,8 @@ class Study:
 
     def __init__(self, model: str, count: int, steps: int):
         self.pipe = Pipeline.load(model)
-        self.tools, self.count = scenes_tools(self.pipe), count
+        self.tools = self.pipe.tools(self.pipe.names) | scenes_judges()
+        self.count = count
         source = open_source(f"scenes:{count + 1}", size=self.pipe.size, split="test")
         batch = source.batch(range(count + 1))
         self.images = batch["image"]
@@ -47,7 +49,7 @@ class Study:
 
     def score(self, name: str, wanted: list, images) -> float:
         """The mean of a condition's measure; NaN where it does not apply is left out."""
-        tool = self.tools.get(conditions.get(name).tool)
+        tool = tool_of(name, self.tools)
         scores = [self.judges[name](w, i, tool) for w, i in zip(wanted, images, strict=False)]
         return float(np.nanmean(scores))
 

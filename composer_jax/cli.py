@@ -22,6 +22,8 @@ COMMANDS = {
     "convert": "bring Stable Diffusion, CLIP and depth weights in, take networks to diffusers",
     "sample": "make images from any subset of conditions",
     "edit": "vary, blend, recolour, restyle, translate and repaint images",
+    "evaluate": "measure how far each condition controls samples",
+    "sweep": "train and measure many runs of one config, into one table",
     "compile": "trace the sampler once, for starts without tracing",
 }
 

@@ -11,9 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from composer_jax import conditions
-from composer_jax.commands.pictures import labelled_sheet, save_png
 from composer_jax.conditions.decompose import decompose as take_apart
 from composer_jax.data.tools import load_tools
+from composer_jax.evaluation.pictures import labelled_sheet, save_png
 
 
 def decompose(image: Any, **options: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import numpy as np
 
 from composer_jax import conditions
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
-from composer_jax.commands.pictures import grid, save_png
 from composer_jax.commands.sample import (
     add_sampling_arguments,
     open_pipeline,
@@ -18,6 +17,7 @@ from composer_jax.commands.sample import (
     sampling_options,
 )
 from composer_jax.data.tools import load_tools
+from composer_jax.evaluation.pictures import grid, save_png
 from composer_jax.sampling.edits import TASKS, Task
 from composer_jax.sampling.picture import Picture
 from composer_jax.storage.series import Series, describe_model

@@ -15,18 +15,20 @@ import numpy as np
 from tqdm import tqdm
 
 from composer_jax import conditions
-from composer_jax.commands.pictures import labelled_sheet
 from composer_jax.conditions.decompose import decompose
 from composer_jax.data.sources import open_source
 from composer_jax.data.tools import load_tools
+from composer_jax.diffusion import Use
 from composer_jax.evaluation.control import (
     HEAD,
+    degenerate,
     extract_all,
     measure_control,
     reconstruct,
     sample_each,
-    scenes_tools,
 )
+from composer_jax.evaluation.judges import scenes_judges
+from composer_jax.evaluation.pictures import labelled_sheet
 from composer_jax.evaluation.report import Report
 from composer_jax.sampling.pipeline import Pipeline
 
@@ -135,14 +137,15 @@ def control(report: Report, pipe: Pipeline) -> None:
     source = open_source(f"scenes:{COUNT}", size=pipe.size, split="test")
     batch = source.batch(range(COUNT))
     images, given = batch["image"], batch["given"]
-    tools = scenes_tools(pipe)
+    tools = pipe.tools(pipe.names) | scenes_judges()
     stored = extract_all(images, given, pipe.names, tools)
     kinds = [(), *[(name,) for name in pipe.names], *PAIRS, pipe.names]
     kinds = [kind for kind in kinds if set(kind) <= set(pipe.names)]
     samples = {}
     with tqdm(total=len(kinds) * COUNT, unit="image") as bar:
         for kind in kinds:
-            samples[kind] = sample_each(pipe, stored, kind, steps=10, progress=bar.update)
+            uses = {name: Use(None) for name in kind}
+            samples[kind] = sample_each(pipe, stored, uses, steps=10, progress=bar.update)
     rows = []
     for i in range(SHOWN):
         row = {"scene": images[i]}
@@ -165,24 +168,18 @@ def control(report: Report, pipe: Pipeline) -> None:
     report.text(
         "The condition is taken out of the sample again and compared with what was asked; 1 is "
         f"perfect. {COUNT} held-out scenes, one seed, 10 steps. Floor: samples without it. "
-        "Permuted: samples given another scene's. Oracle: the scene through the codec. Caption and "
-        "semantics are measured by the CLIP that also conditions, depth by a network of its own."
+        "Permuted: samples given another scene's. Oracle: the scene through the codec. Caption, "
+        "depth and instances are read by networks of their own, semantics by the CLIP that also "
+        "conditions. `composer evaluate` measures much more."
     )
-    through, table = reconstruct(pipe, images), []
-    reasons = {}
+    through, table = reconstruct(pipe.model.vae, images), []
     for name in pipe.names:
-        alone, none = [samples[(name,)]], [samples[()]]
-        try:
-            found = measure_control(name, stored, alone, none, through, tools)
-        except ValueError as reason:
-            reasons[name] = reason
-            continue
-        table.append([name, *found.row()])
+        rows = {"sample": [samples[(name,)]], "floor": [samples[()]], "oracle": [through]}
+        rows |= {"image": [images], **{k: [v] for k, v in degenerate(images).items()}}
+        table.append([name, *measure_control(name, stored, rows, tools).cells()])
     report.table(["condition", *HEAD], table)
-    for name, reason in reasons.items():
-        report.text(f"Not measured, {name}: {reason}.")
-    for row in table:
-        print(f"     {row[0]:10} sample {row[1]}  permuted {row[2]}  floor {row[3]}")
+    for name, control, _, sample, _, floor, *_ in table:
+        print(f"     {name:10} control {control}  measure {sample}  without {floor}")
 
 
 def _title(kind: tuple[str, ...], pipe: Pipeline) -> str:

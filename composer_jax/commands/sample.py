@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from composer_jax import conditions
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
-from composer_jax.commands.pictures import grid, labelled_sheet, save_png
 from composer_jax.conditions.decompose import decompose
 from composer_jax.data.tools import load_tools
 from composer_jax.diffusion import SOLVERS, Use, use
 from composer_jax.diffusion.process import SPACINGS
 from composer_jax.evaluation.obedience import APART, obedience, pairs
+from composer_jax.evaluation.pictures import grid, labelled_sheet, save_png
 from composer_jax.evaluation.report import Report
 from composer_jax.sampling.options import Options
 from composer_jax.sampling.pipeline import Pipeline

@@ -13,8 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from composer_jax import conditions
-from composer_jax.commands.pictures import grid, save_png
 from composer_jax.diffusion import Use
+from composer_jax.evaluation.pictures import grid, save_png
 from composer_jax.training.cluster import gather, is_main, join, main_first, share
 from composer_jax.training.config import keep_config, load_config
 from composer_jax.training.ema import snapshot_path, write_snapshot

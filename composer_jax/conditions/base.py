@@ -69,7 +69,7 @@ class Condition(abc.ABC):
     part name to float32 array. `cached = False`: stored is not kept in the training cache and
     `draw` works from the image, and from what `draws_from`, another condition, has stored where the
     batch holds it. `tool`: which tool `extract` is handed, "clip", "depth",
-    "segmenter" or None.
+    "segmenter" or None. `judged_by`: which one `measure` prefers, where that is another.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Condition(abc.ABC):
     cached: bool = True
     draws_from: str | None = None
     tool: str | None = None
+    judged_by: str | None = None
 
     @abc.abstractmethod
     def extract(self, images: np.ndarray, given: Mapping[str, Any] | None = None, tool=None):
@@ -123,6 +124,11 @@ class Condition(abc.ABC):
         """
         del stored
         return self.measure
+
+    def beside(self, stored: Sequence[Any]) -> dict[str, Callable[..., float]]:
+        """Further measures of the same arguments by name, printed beside `judge`'s: any range."""
+        del stored
+        return {}
 
     def absent(self, tool=None):
         """Stored of "nothing given", where absence has an encoding of its own (the empty caption).

@@ -11,6 +11,7 @@ import numpy as np
 
 from composer_jax.conditions.base import Condition, Feature, Part, register
 
+FACTS = ("shape", "colour", "size", "count", "relation")  # what a reader tells apart
 _SIDE, _MARGIN = 256, 12  # pixels of a rendered caption
 
 
@@ -33,6 +34,7 @@ class Caption(Condition):
         "vector": Feature(("embed_width",), "float32", "raw"),
     }
     tool = "clip"
+    judged_by = "reader"
 
     def extract(self, images, given=None, tool=None) -> dict[str, Any]:
         """Encodes `given["caption"]` (B texts): "text" a list of B, "ids", "tokens", "vector".
@@ -84,12 +86,29 @@ class Caption(Condition):
         return np.asarray(page)
 
     def measure(self, wanted, image, tool=None) -> float:
-        """The cosine between the sentence's and the image's embeddings, in [-1, 1].
+        """How far the text is true of the image, by a reader: a tool with `agreement`.
 
-        As CLIP gives it, unscaled: OpenAI's models give true pairs of photo and caption about 0.3,
-        so it is to be read beside its oracle. Raises ValueError without a CLIP.
+        With a CLIP instead the cosine between the sentence's and the image's embeddings, in
+        [-1, 1], unscaled: OpenAI's models give true pairs of photo and caption about 0.3, so it is
+        to be read beside its oracle. Raises ValueError without either.
         """
+        if hasattr(tool, "agreement"):
+            return tool.agreement(str(wanted["text"]), np.asarray(image))
         return float(np.dot(wanted["vector"], _needed(tool).image(np.asarray(image)[None])[0]))
+
+    def beside(self, stored):
+        """The share of each kind of stated fact that is found, where the tool is a reader."""
+        del stored
+
+        def share(fact: str):
+            def measure(wanted, image, tool=None) -> float:
+                if not hasattr(tool, "agreement"):
+                    return float("nan")
+                return tool.agreement(str(wanted["text"]), np.asarray(image), (fact,))
+
+            return measure
+
+        return {fact: share(fact) for fact in FACTS}
 
 
 def _wrap(text: str, fits) -> list[str]:

@@ -103,6 +103,31 @@ class Mask(Condition):
         difference = np.abs(image[kept].astype(np.float64) - wanted["image"][kept])
         return float(1.0 - difference.mean() / 255.0)
 
+    def beside(self, stored):
+        """The seam: how much larger the mean step between pixels on either side of the hole's
+        border is than in the image it was cut from, in grey levels; 0 is perfect."""
+        del stored
+
+        def seam(wanted, image, tool=None) -> float:
+            del tool
+            image = load_image(image)
+            wanted = self.fit(wanted, image.shape[:2])
+            keep = wanted["keep"] > 127
+            steps = [_border_steps(one, keep) for one in (image, wanted["image"])]
+            return float(steps[0] - steps[1])
+
+        return {"seam": seam}
+
+
+def _border_steps(image: np.ndarray, keep: np.ndarray) -> float:
+    """The mean absolute difference of neighbours of which one is kept; nan without any."""
+    image = image.astype(np.float64)
+    steps = [
+        np.abs(np.diff(image, axis=axis)).mean(axis=2)[np.diff(keep, axis=axis)] for axis in (0, 1)
+    ]
+    steps = np.concatenate(steps)
+    return float(steps.mean()) if len(steps) else float("nan")
+
 
 def _masked(image: jax.Array, keep: jax.Array) -> jax.Array:
     keep = keep[..., None]

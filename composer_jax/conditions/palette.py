@@ -175,6 +175,21 @@ class Palette(Condition):
         found = self._histogram(load_image(image))
         return float(np.minimum(np.asarray(wanted, np.float32), found).sum())
 
+    def beside(self, stored):
+        """How far colour has to be moved, in units of CIELab: the mean over L, a and b of the
+        Wasserstein distances of the unsmoothed histograms along each axis; 0 is perfect."""
+        del stored
+
+        def wasserstein(wanted, image, tool=None) -> float:
+            from scipy.stats import wasserstein_distance
+
+            del tool
+            found = self._histogram(load_image(image))
+            away = [wasserstein_distance(axis, axis, wanted, found) for axis in self.lab.T]
+            return float(np.mean(away))
+
+        return {"Lab Wasserstein": wasserstein}
+
 
 def _is_colours(text: str) -> bool:
     """Colours, or a mistyped one; a path has a folder or a suffix and does not start with #."""

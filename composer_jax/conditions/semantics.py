@@ -13,6 +13,8 @@ import numpy as np
 from composer_jax.conditions.base import Condition, Feature, Part, register
 from composer_jax.conditions.image import load_array, load_image
 
+WAYS = 100  # candidates of a retrieval
+
 
 class Semantics(Condition):
     """CLIP's image embedding, of unit length. The tool is a CLIP with `image` and `sizes`."""
@@ -59,6 +61,18 @@ class Semantics(Condition):
     def measure(self, wanted, image, tool=None) -> float:
         """The cosine between the wanted embedding and the image's, in [-1, 1]."""
         return float(np.dot(wanted, _needed(tool).image(np.asarray(image)[None])[0]))
+
+    def beside(self, stored):
+        """Retrieval: 1 where the image is nearer to the wanted embedding than to 99 others'."""
+        others = np.stack([np.asarray(one, np.float32) for one in stored])
+
+        def top1(wanted, image, tool=None) -> float:
+            found = _needed(tool).image(np.asarray(image)[None])[0]
+            wanted = np.asarray(wanted, np.float32)
+            cosines = (others @ found)[np.any(others != wanted[None], axis=1)][: WAYS - 1]
+            return float(np.dot(wanted, found) > cosines.max(initial=-1.0))
+
+        return {f"retrieval, {WAYS} ways": top1}
 
 
 def _embedding(vector: np.ndarray, what, tool) -> np.ndarray:

@@ -178,11 +178,11 @@ class Sketch(Condition):
             return float("nan")
         height, width = lines.shape
         rolls = ((height // 2, 0), (0, width // 2), (height // 2, width // 2))
-        chance = np.mean([_f1(np.roll(lines, roll, (0, 1)), found) for roll in rolls])
-        return float(_f1(lines, found) - chance)
+        chance = np.mean([f1(np.roll(lines, roll, (0, 1)), found) for roll in rolls])
+        return float(f1(lines, found) - chance)
 
 
-def _f1(wanted: np.ndarray, found: np.ndarray) -> float:
+def f1(wanted: np.ndarray, found: np.ndarray) -> float:
     """F1 of two line maps bool [h, w], where a line within one pixel counts as met."""
     import cv2
 

@@ -1,9 +1,15 @@
-"""Control, measured: conditions are taken out of samples again and compared with what was asked."""
+"""Control, measured: conditions are taken out of samples again and compared with what was asked.
+
+A metric that a blank image can win says nothing, so every score here is an excess over chance:
+what the same images score for *other* examples' conditions and, for maps, what they score when
+they are rolled by half a side. Whatever does not depend on the condition, a blank, the mean image,
+noise, has an excess of 0.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,50 +18,60 @@ import numpy as np
 
 from composer_jax import conditions
 from composer_jax.diffusion import Use
+from composer_jax.models.vae import VAE
 from composer_jax.sampling.pipeline import Pipeline
-from composer_jax.storage.models import find_part, load_depth
 
 CHUNK = 16
+OTHERS = (2, 5, 11)  # whose conditions chance is measured by: examples so far on
+ROLLS = ((1, 0), (0, 1), (1, 1))  # half sides, down and right
+LEAST_ROOM = 0.1  # between floor and oracle; with less a measure tells nothing apart
+KNOWN = ("sample", "permuted", "floor", "oracle")
+HEAD = (
+    "control", "95 % interval", "sample", "permuted", "floor", "oracle", "image",
+    "blank", "mean image", "noise", "shifted", "left out",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of images: `score`, the mean measure; `excess` over chance; `normalised`, if any."""
+
+    score: float
+    excess: float
+    normalised: float | None
 
 
 @dataclass(frozen=True)
 class Control:
     """How one condition, given alone, controls samples; means over examples, 1 is perfect.
 
-    `wanted`: between the condition and the sample. `permuted`: samples given another example's
-    condition. `floor`: samples without it. `oracle`: the image through the codec. `interval`: a
-    bootstrap 95 % interval of `normalised` over examples. `left_out`: examples that the measure
-    does not apply to.
+    `rows`: "sample" given the condition; "permuted" given another example's; "floor" without it;
+    "oracle", the image through the codec; and others that were handed in. `interval`: a bootstrap
+    95 % interval of the sample's normalised excess. `beside`: further measures, by name and row.
+    `left_out`: examples that the measure does not apply to. `scores`: of each example, nan where
+    left out.
     """
 
-    wanted: float
-    permuted: float
-    floor: float
-    oracle: float
-    interval: tuple[float, float]
+    rows: Mapping[str, Row]
+    interval: tuple[float, float] | None
     left_out: int
+    scores: np.ndarray
+    beside: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def normalised(self) -> float | None:
-        """(wanted - floor) / (oracle - floor), or None where the measure tells little apart."""
-        room = self.oracle - self.floor
-        return (self.wanted - self.floor) / room if room >= 0.1 else None
+        """(excess - floor's) / (oracle's - floor's), or None with too little room between."""
+        return self.rows["sample"].normalised
 
-    def row(self) -> list[str]:
+    def cells(self) -> list[str]:
         """The cells of a table under `HEAD`."""
-        numbers = [f"{n:.3f}" for n in (self.wanted, self.permuted, self.floor, self.oracle)]
-        if self.normalised is None:
-            return [*numbers, "-", "-", str(self.left_out)]
-        low, high = self.interval
-        return [*numbers, f"{self.normalised:.2f}", f"{low:.2f} to {high:.2f}", str(self.left_out)]
-
-
-HEAD = ("sample", "permuted", "floor", "oracle", "normalised", "95 % interval", "left out")
-
-
-def scenes_tools(pipe: Pipeline) -> dict[str, Any]:
-    """The tools that measure samples of the built-in world: the model's CLIP, depth's regressor."""
-    return {"clip": pipe.clip, "depth": load_depth(find_part("bundled", "depth")).tool()}
+        first = ["-", "-"]
+        if self.normalised is not None:
+            first = [f"{self.normalised:.3f}", "{:.2f} to {:.2f}".format(*self.interval)]
+        scores = [
+            f"{self.rows[kind].score:.3f}" if kind in self.rows else "" for kind in HEAD[2:-1]
+        ]
+        return [*first, *scores, str(self.left_out)]
 
 
 def extract_all(
@@ -81,75 +97,140 @@ def extract_all(
 def sample_each(
     pipe: Pipeline,
     stored: Sequence[Mapping[str, Any]],
-    names: Sequence[str],
+    uses: Mapping[str, Use],
     *,
     seed: int = 0,
+    first: int = 0,
+    batch: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
     **options: Any,
 ) -> np.ndarray:
-    """One sample for each example, given its conditions `names`; uint8 [B, H, W, 3].
+    """One sample for each example, given its conditions as `uses` says; uint8 [B, H, W, 3].
 
-    `options`: of `Pipeline.sample`.
+    `first`: the number of the first example, for its noise. `batch`: images at a time, 16 by
+    default. `options`: of `Pipeline.sample`.
     """
-    uses = {name: [Use(None)] for name in names}
+    wanted, batch = {name: [use] for name, use in uses.items()}, batch or CHUNK
     images = []
-    for start in range(0, len(stored), CHUNK):
-        chunk = [{name: [row[name]] for name in names} for row in stored[start : start + CHUNK]]
-        seeds = [(seed, start + i) for i in range(len(chunk))]
-        images.append(pipe.sample(uses, chunk, seeds=seeds, batch=CHUNK, **options))
+    for start in range(0, len(stored), batch):
+        chunk = [{name: [row[name]] for name in uses} for row in stored[start : start + batch]]
+        seeds = [(seed, first + start + i) for i in range(len(chunk))]
+        images.append(pipe.sample(wanted, chunk, seeds=seeds, batch=batch, **options))
         progress(len(chunk))
     return np.concatenate(images)
 
 
-def reconstruct(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
-    """Images uint8 [B, H, W, 3] through the codec and back: what no sample can beat."""
-    vae = pipe.model.vae
-    decoded = vae.decode(vae.latents(vae.encode(jnp.asarray(images, jnp.float32) / 127.5 - 1.0)))
-    return np.asarray(jnp.round((jnp.clip(decoded, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8))
+def reconstruct(vae: VAE, images: np.ndarray) -> np.ndarray:
+    """Images uint8 [B, H, W, 3] through a codec and back: what no sample can beat."""
+    back = []
+    for start in range(0, len(images), CHUNK):
+        chunk = jnp.asarray(images[start : start + CHUNK], jnp.float32) / 127.5 - 1.0
+        decoded = jnp.clip(vae.decode(vae.latents(vae.encode(chunk))), -1.0, 1.0)
+        back.append(np.asarray(jnp.round((decoded + 1.0) * 127.5).astype(jnp.uint8)))
+    return np.concatenate(back)
+
+
+def degenerate(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Images that know nothing of any condition, as many and as large as uint8 [B, H, W, 3]."""
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    mean = np.round(images.mean(axis=0, keepdims=True)).astype(np.uint8)
+    return {
+        "blank": np.full_like(images, 128),
+        "mean image": np.repeat(mean, len(images), axis=0),
+        "noise": noise,
+        "shifted": np.roll(images, images.shape[2] // 2, axis=2),
+    }
+
+
+def tool_of(name: str, tools: Mapping[str, Any]) -> Any:
+    """The tool by which a condition is measured, or None."""
+    condition = conditions.get(name)
+    preferred = tools.get(condition.judged_by) if condition.judged_by else None
+    return tools.get(condition.tool) if preferred is None else preferred
+
+
+def measure_each(
+    name: str, wanted: Sequence[Any], images: np.ndarray, tools: Mapping[str, Any]
+) -> np.ndarray:
+    """The condition's own measure of each of images uint8 [B, H, W, 3]; nan: does not apply.
+
+    Raises ValueError where the measure wants a tool that `tools` lacks.
+    """
+    judge, tool = conditions.get(name).judge(wanted), tool_of(name, tools)
+    return np.array([judge(one, image, tool) for one, image in zip(wanted, images, strict=True)])
 
 
 def measure_control(
     name: str,
     stored: Sequence[Mapping[str, Any]],
-    samples: Sequence[np.ndarray],
-    without: Sequence[np.ndarray],
-    through_codec: np.ndarray,
+    images: Mapping[str, Sequence[np.ndarray]],
     tools: Mapping[str, Any],
 ) -> Control:
-    """Measures one condition: samples given it alone, samples without it, and the codec's images.
+    """Measures one condition.
 
-    `samples`, `without`: uint8 [B, H, W, 3] for each sampling seed; scores are means over seeds.
-    The permuted row compares example i's condition with the sample made from example i + 1's.
-    Raises ValueError where the measure wants a tool that `tools` lacks.
+    `images`: by row, for each sampling seed uint8 [B, H, W, 3]: "sample", given the condition
+    alone, "floor", without it, "oracle", through the codec, and whatever else is to be measured
+    ("shifted" only where the condition is a map). Scores are means over seeds; chance is measured
+    on the first. The permuted row compares example i's condition with the sample made from example
+    i + 1's. Raises ValueError where the measure wants a tool that `tools` lacks.
     """
     condition, wanted = conditions.get(name), [row[name] for row in stored]
-    judge, tool = condition.judge(wanted), tools.get(condition.tool)
+    spatial = any(part.kind == "spatial" for part in condition.parts.values())
+    rows = {kind: list(seeds) for kind, seeds in images.items() if spatial or kind != "shifted"}
+    rows["permuted"] = [np.roll(seed, -1, axis=0) for seed in rows["sample"]]
+    judge, tool = condition.judge(wanted), tool_of(name, tools)
 
-    def scores(images: np.ndarray) -> np.ndarray:
-        return np.array(
-            [judge(one, image, tool) for one, image in zip(wanted, images, strict=True)]
-        )
+    def scores(function: Callable, seed: np.ndarray, offset: int = 0) -> np.ndarray:
+        asked = [*wanted[offset % len(wanted) :], *wanted[: offset % len(wanted)]]
+        pairs = zip(asked, seed, strict=True)
+        return np.array([function(one, image, tool) for one, image in pairs])
 
-    def over_seeds(seeds: Sequence[np.ndarray]) -> np.ndarray:
-        return np.mean([scores(images) for images in seeds], axis=0)
+    def chances(seed: np.ndarray) -> list[np.ndarray]:
+        """By other examples' conditions, and rolled: [N] each."""
+        offsets = [k for k in OTHERS if k % len(wanted)] or [1]
+        found = [np.mean([scores(judge, seed, k) for k in offsets], axis=0)]
+        if spatial:
+            halves = [side // 2 for side in seed.shape[1:3]]
+            rolled = [np.roll(seed, np.multiply(roll, halves), axis=(1, 2)) for roll in ROLLS]
+            found.append(np.mean([scores(judge, one) for one in rolled], axis=0))
+        return found
 
-    rolled = [np.roll(images, -1, axis=0) for images in samples]
-    rows = np.array(
-        [over_seeds(samples), over_seeds(rolled), over_seeds(without), scores(through_codec)]
-    )
-    valid = rows[:, np.all(np.isfinite(rows), axis=0)]
-    if not valid.size:
-        nan = float("nan")
-        return Control(nan, nan, nan, nan, (nan, nan), left_out=len(stored))
-    means = [float(mean) for mean in valid.mean(axis=1)]
-    left_out = len(stored) - valid.shape[1]
-    return Control(*means, interval=_bootstrap(valid), left_out=left_out)
+    raw = {kind: np.mean([scores(judge, s) for s in seeds], axis=0) for kind, seeds in rows.items()}
+    valid = np.all(np.isfinite(list(raw.values())), axis=0)
+    chance = {kind: np.array(chances(seeds[0])) for kind, seeds in rows.items()}
+    left_out = int(np.count_nonzero(~valid))
+    if not valid.any():
+        nothing = Row(float("nan"), float("nan"), None)
+        return Control(dict.fromkeys(rows, nothing), None, left_out, raw["sample"])
 
+    def excess(kind: str, index=valid) -> np.ndarray:
+        """Over the larger chance; `index` picks examples, [N] or, for the bootstrap, [R, N]."""
+        above = [np.nanmean(one[index], axis=-1) for one in chance[kind]]
+        return np.nanmean(raw[kind][index], axis=-1) - np.max(above, axis=0)
 
-def _bootstrap(rows: np.ndarray, rounds: int = 2000) -> tuple[float, float]:
-    """The 95 % interval of normalised control over examples drawn again; rows [4, N]."""
-    drawn = np.random.default_rng(0).integers(rows.shape[1], size=(rounds, rows.shape[1]))
-    wanted, _, floor, oracle = rows[:, drawn].mean(axis=2)
-    with np.errstate(divide="ignore", invalid="ignore"):  # no room at all: no interval
-        low, high = np.percentile((wanted - floor) / (oracle - floor), [2.5, 97.5])
-    return float(low), float(high)
+    floor, oracle = excess("floor"), excess("oracle")
+    room = oracle - floor
+
+    def row(kind: str) -> Row:
+        over = float(excess(kind))
+        share = float((over - floor) / room) if room >= LEAST_ROOM else None
+        return Row(float(raw[kind][valid].mean()), over, share)
+
+    drawn = np.flatnonzero(valid)[
+        np.random.default_rng(0).integers(valid.sum(), size=(2000, valid.sum()))
+    ]
+    interval = None
+    if room >= LEAST_ROOM:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a draw may leave no room
+            low = excess("floor", drawn)
+            shares = (excess("sample", drawn) - low) / (excess("oracle", drawn) - low)
+        interval = tuple(float(n) for n in np.nanpercentile(shares, [2.5, 97.5]))
+    beside = {}
+    for title, function in condition.beside(wanted).items():
+        if np.isfinite(scores(function, rows["oracle"][0])).any():  # the tool can tell
+            beside[title] = {
+                kind: float(np.nanmean([scores(function, seed) for seed in seeds]))
+                for kind, seeds in rows.items()
+                if kind in (*KNOWN, "image")
+            }
+    return Control({kind: row(kind) for kind in rows}, interval, left_out, raw["sample"], beside)

@@ -56,10 +56,10 @@ def _measured(name: str, use: Use, images: np.ndarray, tools: Mapping[str, Any])
         scores = np.array([condition.measure(use.value, image, tool) for image in images])
     except ValueError as error:
         return Obedience(name, use, np.array([]), [None] * len(images), str(error))
-    return Obedience(name, use, scores, [_taken(condition, image, tool) for image in images])
+    return Obedience(name, use, scores, [taken_out(condition, image, tool) for image in images])
 
 
-def _taken(condition, image: np.ndarray, tool: Any) -> Any:
+def taken_out(condition, image: np.ndarray, tool: Any) -> Any:
     """The condition of an image, or None where only a source knows it (a caption)."""
     try:
         return decompose(image, only=[condition.name], tools={condition.tool: tool})[condition.name]

@@ -197,6 +197,7 @@ def test_a_ninth_condition_is_one_file(tmp_path, photo, monkeypatch, capsys):
     pipe = cj.Pipeline.load(workdir)
     images = cj.open_source("scenes:4", size=64).batch(range(4))["image"]
     stored = extract_all(images, {}, pipe.names, {"clip": pipe.clip})
-    samples = sample_each(pipe, stored, ("brightness",), steps=1)
-    found = measure_control("brightness", stored, [samples], [samples], images, {})
-    assert found.oracle > 0.999 and found.left_out == 0
+    samples = [sample_each(pipe, stored, {"brightness": cj.use(None)}, steps=1)]
+    rows = {"sample": samples, "floor": samples, "oracle": [images]}
+    found = measure_control("brightness", stored, rows, {})
+    assert found.rows["oracle"].score > 0.999 and found.left_out == 0

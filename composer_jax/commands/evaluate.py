@@ -1,0 +1,284 @@
+"""`composer evaluate --model DIR --out DIR`: how far each condition controls samples, measured."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from composer_jax.commands.decompose import add_tool_arguments, named_tools
+from composer_jax.commands.sample import add_sampling_arguments, open_pipeline, sampling_options
+from composer_jax.conditions.base import meant
+from composer_jax.data.prepare import available
+from composer_jax.data.sources import open_source
+from composer_jax.data.tools import load_tools
+from composer_jax.evaluation import experiments, page
+from composer_jax.evaluation.composition import Composition, compose, measurements
+from composer_jax.evaluation.control import (
+    HEAD,
+    Control,
+    degenerate,
+    extract_all,
+    measure_control,
+    measure_each,
+    reconstruct,
+    tool_of,
+)
+from composer_jax.evaluation.experiments import EXPERIMENTS, Samples
+from composer_jax.evaluation.judges import scenes_judges
+from composer_jax.evaluation.quality import effnet_features, quality
+from composer_jax.evaluation.report import Report
+from composer_jax.models.files import write_json
+from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.storage.series import describe_model
+
+CHUNK = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--out", required=True, type=Path, help="folder to write; resumes there")
+    parser.add_argument(
+        "--source", default="scenes", help="of the images (default: held-out scenes)"
+    )
+    parser.add_argument("--count", type=int, default=256, help="images (default 256)")
+    parser.add_argument("--seeds", type=int, default=4, help="samples of each image (default 4)")
+    parser.add_argument(
+        "--few", type=int, default=64, help="images for all but conditions alone (default 64)"
+    )
+    parser.add_argument(
+        "--experiments",
+        default=",".join(EXPERIMENTS),
+        help=f"separated by commas (default: {','.join(EXPERIMENTS)})",
+    )
+    add_sampling_arguments(parser)
+    add_tool_arguments(parser)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Held-out images and what was taken out of them. `names`: the conditions that are given."""
+
+    images: np.ndarray
+    stored: list[dict[str, Any]]
+    names: tuple[str, ...]
+    reasons: Mapping[str, str]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes OUT/control.json and OUT/report.html; samples that are in OUT are not made again."""
+    wanted = args.experiments.split(",") if args.experiments else []
+    for word in wanted:
+        if word not in EXPERIMENTS:
+            raise ValueError(
+                f"no experiment {word!r}{meant(word, EXPERIMENTS)}; there are "
+                f"{', '.join(EXPERIMENTS)}"
+            )
+    for name, least in (("count", 2), ("seeds", 1), ("few", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}; at least {least} is wanted")
+    options = sampling_options(args)
+    pipe = open_pipeline(args)
+    world = args.source.partition(":")[0] == "scenes"
+    tools = pipe.tools(pipe.names) | load_tools(**named_tools(args))
+    examples = _examples(args.source, args.count, pipe, tools)
+    judges = tools | (scenes_judges() if world else {})
+    measured, reasons = _measurable(examples, judges)
+    settings = {
+        "model": describe_model(pipe.model),
+        "source": args.source,
+        "first seed": args.seed,
+        "size": pipe.size,
+        "dtype": str(jnp.dtype(pipe.model.composer.dtype)),
+        **asdict(pipe.defaults.but(**options)),
+    }
+    samples = Samples(args.out, settings)
+    few = min(args.few, len(examples.images))
+    seeds = range(args.seed, args.seed + args.seeds)
+    found: dict[str, list[np.ndarray]] = {}
+    every = experiments.cells(examples.names, wanted)
+    counts = {cell.name: few if cell.few else len(examples.images) for cell in every}
+    total = sum(counts.values()) * len(seeds)
+    with tqdm(total=total, unit="image", desc="sample") as bar:
+        for cell in every:
+            rows = examples.stored[: counts[cell.name]]
+            found[cell.name] = [
+                samples.get(pipe, rows, cell, seed, bar.update, **options) for seed in seeds
+            ]
+    through = reconstruct(pipe.model.vae, examples.images)
+    controls, together = _measure_alone(examples, measured, found, through, judges)
+    cells = measurements(measured, wanted)
+    with tqdm(total=cells, unit="cell", desc="measure") as bar:
+        composition = compose(
+            measured,
+            examples.stored[:few],
+            through[:few],
+            lambda cell: [seed[:few] for seed in found[cell.name]],
+            wanted,
+            judges,
+            bar.update,
+        )
+    numbers = {"images": len(examples.images), "seeds": len(seeds), "few": few}
+    good = {}
+    if "quality" in wanted:
+        good = _quality(pipe, examples, found, through, judges)
+    result = {
+        "settings": settings | numbers,
+        "control": {name: _plain(c) for name, c in controls.items()},
+        "everything": together,
+        "not measured": reasons,
+        **composition.to_dict(),
+        "quality": good,
+    }
+    write_json(args.out / "control.json", result)
+    _page(args, examples, controls, together, composition, reasons, found, judges, result)
+    _print(controls, together, composition, reasons, good)
+    print(f"numbers in {args.out / 'control.json'}, pictures in {args.out / 'report.html'}")
+
+
+def _examples(text: str, count: int, pipe: Pipeline, tools: Mapping[str, Any]) -> Examples:
+    """`count` images of a source, and the model's conditions as far as they can be taken."""
+    if text == "scenes":
+        text = f"scenes:{count}"
+    source = open_source(text, size=pipe.size, split="test")
+    count = min(count, len(source))
+    reasons = {n: r for n, r in available(source, tools).items() if r and n in pipe.names}
+    names = tuple(name for name in pipe.names if name not in reasons)
+    if not names:
+        raise ValueError(f"{text} gives none of the model's conditions: {reasons}")
+    images, stored = [], []
+    for start in range(0, count, CHUNK):
+        batch = source.batch(np.arange(start, min(start + CHUNK, count)))
+        images.append(batch["image"])
+        stored += extract_all(batch["image"], batch["given"], names, tools)
+    images = np.concatenate(images)
+    if len(images) < 2:
+        raise ValueError(f"{text} gives {len(images)} images; at least 2 are wanted")
+    return Examples(images, stored, names, reasons)
+
+
+def _measurable(examples: Examples, judges: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The conditions whose measure has its tools, and why the others' has not."""
+    measured, reasons = [], dict(examples.reasons)
+    for name in examples.names:
+        try:
+            measure_each(name, [examples.stored[0][name]], examples.images[:1], judges)
+            measured.append(name)
+        except ValueError as error:
+            reasons[name] = str(error)
+    return measured, reasons
+
+
+def _measure_alone(
+    examples: Examples,
+    measured: Sequence[str],
+    found: Mapping[str, Sequence[np.ndarray]],
+    through: np.ndarray,
+    judges: Mapping[str, Any],
+) -> tuple[dict[str, Control], dict[str, float | None]]:
+    """Control of each condition alone, and the normalised one of each where all are given."""
+    others = {"oracle": through, "image": examples.images, **degenerate(examples.images)}
+    floor = found[experiments.nothing().name]
+    controls, together = {}, {}
+    for name in tqdm(measured, unit="condition", desc="measure"):
+        rows = {
+            "sample": found[experiments.alone(name).name],
+            "floor": floor,
+            "everything": found[experiments.everything(examples.names).name],
+            **{kind: [images] for kind, images in others.items()},
+        }
+        controls[name] = measure_control(name, examples.stored, rows, judges)
+        together[name] = controls[name].rows["everything"].normalised
+    return controls, together
+
+
+def _quality(
+    pipe: Pipeline,
+    examples: Examples,
+    found: Mapping[str, Sequence[np.ndarray]],
+    through: np.ndarray,
+    judges: Mapping[str, Any],
+) -> dict[str, dict[str, float]]:
+    """Distances to the images of what was sampled given nothing, a caption, everything."""
+    kinds = [experiments.nothing(), experiments.everything(examples.names)]
+    if "caption" in examples.names:
+        kinds.insert(1, experiments.alone("caption"))
+    sets = {"oracle": [through], **{cell.name: found[cell.name] for cell in kinds}}
+    features = {"CLIP": lambda images: np.asarray(pipe.clip.image(images))}
+    if effnet := effnet_features():
+        features["EffNet"] = effnet
+    table = quality(examples.images, sets, features)
+    if "reader" in judges:
+        for name, seeds in {"real": [examples.images], **sets}.items():
+            table[name]["certainty of shapes"] = judges["reader"].certainty(np.concatenate(seeds))
+    return table
+
+
+def _plain(control: Control) -> dict[str, Any]:
+    """As JSON's types; the score of each example beside the means."""
+    return {
+        "normalised": control.normalised,
+        "interval": control.interval,
+        "left out": control.left_out,
+        "rows": {kind: asdict(row) for kind, row in control.rows.items()},
+        "beside": control.beside,
+        "scores": [None if np.isnan(score) else float(score) for score in control.scores],
+    }
+
+
+def _page(args, examples, controls, together, composition, reasons, found, judges, result) -> None:
+    report = Report(
+        "Control, measured", ", ".join(f"{k} {v}" for k, v in result["settings"].items())
+    )
+    page.control_section(report, controls, reasons)
+    page.together_section(report, together)
+    page.composition_section(report, tuple(controls), composition)
+    page.quality_section(report, result["quality"])
+    report.heading("Pictures")
+    for name, control in controls.items():
+        page.picture_section(
+            report,
+            control,
+            name,
+            [row[name] for row in examples.stored],
+            examples.images,
+            found[experiments.alone(name).name][0],
+            tool_of(name, judges),
+        )
+    (args.out / "report.html").write_text(report.html())
+
+
+def _print(controls, together, composition: Composition, reasons, good) -> None:
+    """The tables in the terminal."""
+    _table(["alone", *HEAD[:6], "all given"], [
+        [name, *control.cells()[:6], page.number(together[name])]
+        for name, control in controls.items()
+    ])  # fmt: skip
+    _table(["measure of", *HEAD[6:]], [[n, *c.cells()[6:]] for n, c in controls.items()])
+    for name, reason in reasons.items():
+        print(f"{name} is not measured: {reason}")
+    if composition.retention:
+        (i, j), worst = min(composition.retention.items(), key=lambda item: item[1])
+        mean = np.mean(list(composition.retention.values()))
+        print(f"retention in pairs: mean {mean:.3f}, least {worst:.3f} ({i} beside {j})")
+    if composition.monotone:
+        rows = [f"{name} {value:.2f}" for name, value in composition.monotone.items()]
+        print(f"strength, Spearman: {', '.join(rows)}")
+    if good:
+        measures = list(dict.fromkeys(m for row in good.values() for m in row))
+        rows = [[name, *(page.number(row.get(m)) for m in measures)] for name, row in good.items()]
+        _table(["quality", *measures], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for cells in (head, *rows):
+        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        print("  ".join([cells[0].ljust(widths[0]), *rest]))
+    print()

@@ -1,0 +1,80 @@
+"""`composer evaluate`: numbers, pictures, nothing made twice."""
+
+import json
+
+import pytest
+
+from composer_jax.cli import main
+
+
+def evaluate(run, out, *more):
+    words = ["evaluate", "--model", run, "--out", out, "--count", 4, "--seeds", 1, "--few", 2]
+    return main([str(word) for word in (*words, "--steps", 1, "--experiments", "pairs", *more)])
+
+
+@pytest.fixture(scope="module")
+def measured(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluation")
+    assert evaluate(run, out) == 0
+    return out
+
+
+def test_every_condition_is_measured_and_shown(pipe, measured):
+    found = json.loads((measured / "control.json").read_text())
+    assert tuple(found["control"]) == pipe.names and not found["not measured"]
+    for name, control in found["control"].items():
+        rows = control["rows"]
+        assert {"sample", "permuted", "floor", "oracle", "blank", "noise"} <= set(rows), name
+        assert rows["oracle"]["score"] > rows["blank"]["score"], name
+        assert len(control["scores"]) == 4
+    assert found["settings"]["steps"] == 1 and found["settings"]["images"] == 4
+    page = (measured / "report.html").read_text()
+    assert all(f"{name}: best" in page for name in pipe.names if name != "sketch")
+
+
+def test_what_is_there_is_not_made_again(run, measured, capsys):
+    files = sorted((measured / "samples").iterdir())
+    before = {path: path.stat().st_mtime_ns for path in files}
+    assert len(files) == 1 + 8 + 1 + 28
+    files[3].unlink()
+    result = json.loads((measured / "control.json").read_text())
+    assert evaluate(run, measured) == 0
+    after = {path: path.stat().st_mtime_ns for path in sorted((measured / "samples").iterdir())}
+    assert {path for path in files if after[path] != before[path]} == {files[3]}
+    assert json.loads((measured / "control.json").read_text()) == result
+    assert "retention" in capsys.readouterr().out or not result["retention"]
+
+
+def test_another_evaluation_in_the_same_folder_is_refused(run, measured, capsys):
+    assert evaluate(run, measured, "--guidance", 5) == 2
+    assert "guidance 2.0, now it is 5.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--experiments", "pair"], "did you mean 'pairs'?"),
+        (["--count", "1"], "--count is 1; at least 2"),
+        (["--source", "folder:nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_end_in_one_line(run, tmp_path, capsys, words, line):
+    assert evaluate(run, tmp_path / "out", *words) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_photos_are_measured_by_what_needs_no_network(run, tmp_path, capsys):
+    import skimage.data
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    for name in ("cat", "coffee"):
+        Image.fromarray(getattr(skimage.data, name)()).save(tmp_path / "photos" / f"{name}.png")
+    out = tmp_path / "out"
+    assert evaluate(run, out, "--source", f"folder:{tmp_path / 'photos'}", "--experiments", "") == 0
+    found = json.loads((out / "control.json").read_text())
+    assert set(found["control"]) == {"intensity", "mask", "palette", "semantics", "sketch"}
+    assert set(found["not measured"]) == {"caption", "depth", "instances"}
+    assert "depth is not measured: depth needs" in capsys.readouterr().out
