@@ -1,0 +1,165 @@
+"""`composer sweep --config FILE --out DIR`: trains and measures every run of a sweep; one table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from composer_jax.commands import train
+from composer_jax.commands.prepare import share
+from composer_jax.evaluation.sweeps import FAILED, MEASURED, TRAINED, Table, results
+from composer_jax.models.files import read_json, write_json
+from composer_jax.training.config import load_config
+from composer_jax.training.sweep import Run, Sweep, load_sweep
+
+# what the share of this process is told by is not for the runs, each of which is a job alone
+OURS = ("COMPOSER_PROCESS", "COMPOSER_PROCESSES")
+
+take_rest = train.take_rest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options; `--config.KEY=VALUE` is taken by `take_rest`."""
+    parser.add_argument("--config", required=True, help="ablations/NAME, or FILE.py")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write; resumes there")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--list", action="store_true", help="print the runs, start nothing")
+    parser.add_argument("--table", action="store_true", help="only write the table of what is done")
+    parser.epilog = (
+        "--config.KEY=VALUE sets a key of every run, for example --config.steps=100. Several "
+        "processes share the runs where the environment says how many there are: COMPOSER_PROCESS "
+        "and COMPOSER_PROCESSES, a SLURM array, an indexed Kubernetes job."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs what is not done, then writes OUT/table.md, table.csv and table.html.
+
+    Returns 1 where a run failed, else 0.
+    """
+    sweep = load_sweep(args.config, args.overrides)
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is {args.jobs}; at least 1 is wanted")
+    index, count = share(os.environ)
+    mine = [one for i, one in enumerate(sweep.runs) if i % count == index]
+    if args.list:
+        for one in mine:
+            print(f"{one.folder}  {' '.join(one.overrides)}")
+        return 0
+    _keep(sweep, args.out)
+    if not args.table:
+        _run_all(sweep, mine, args.out, args.jobs)
+    table = collect(sweep, args.out)
+    for name, text in (
+        ("table.md", table.markdown()),
+        ("table.csv", table.csv()),
+        ("table.html", table.html(sweep.name, sweep.doc)),
+    ):
+        new = args.out / f"{name}.{os.getpid()}.new"  # other tasks may be writing it, too
+        new.write_text(text)
+        os.replace(new, args.out / name)
+    print(table.markdown())
+    done = sum(bool(row) for row in table.runs.values())
+    print(f"{done} of {len(sweep.runs)} runs are done; tables in {args.out}")
+    return int(any(one for one in mine if (one.label, one.seed) in table.reasons))
+
+
+def _keep(sweep: Sweep, out: Path) -> None:
+    """Writes OUT/sweep.json; a sweep that goes on must hold the same runs, or more."""
+    new = {one.folder: [sweep.config, *one.overrides] for one in sweep.runs}
+    path = out / "sweep.json"
+    old = read_json(path) if path.is_file() else {}
+    for folder, words in old.items():
+        if folder in new and new[folder] != words:
+            raise ValueError(f"{out} holds {folder} as {words}, now it is {new[folder]}; give "
+                             "another --out")  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**old, **new})
+
+
+def _run_all(sweep: Sweep, runs: list[Run], out: Path, jobs: int) -> None:
+    """Trains and measures runs, `jobs` at a time; a failed one is marked and the rest finished."""
+    waiting = [one for one in runs if not results(out / one.folder)]
+    children: set[subprocess.Popen] = set()
+    stopping = threading.Event()
+
+    def stop(number, frame):
+        del frame
+        stopping.set()
+        for child in list(children):
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run")
+        with bar, ThreadPoolExecutor(jobs) as pool:
+            for failed in pool.map(
+                lambda one: _run(sweep, one, out / one.folder, children, stopping), waiting
+            ):
+                bar.update(not stopping.is_set())
+                if failed:
+                    bar.write(failed)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopping.is_set():
+        raise KeyboardInterrupt
+
+
+def _run(sweep: Sweep, one: Run, folder: Path, children: set, stopping: threading.Event) -> str:
+    """Trains, then measures, one run in processes of their own; returns why it failed, or ""."""
+    learn = ["train", "--config", sweep.config, "--workdir", folder / TRAINED]
+    learn += [f"--config.{word}" for word in one.overrides]
+    measure = ["evaluate", "--model", folder / TRAINED, "--out", folder / MEASURED]
+    folder.mkdir(parents=True, exist_ok=True)
+    for words in (learn, [*measure, *sweep.evaluate]):
+        if stopping.is_set():
+            return ""
+        with (folder / "log.txt").open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "composer_jax", *map(str, words)],
+                env={key: value for key, value in os.environ.items() if key not in OURS},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a terminal's Ctrl-C reaches it by us, once
+            )
+            children.add(child)
+            code = child.wait()
+            children.discard(child)
+        if stopping.is_set():
+            return ""
+        if code:
+            lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+            reason = f"{words[0]} ended with {code}: {lines[-1][-300:] if lines else ''}"
+            (folder / FAILED).write_text(reason + "\n")
+            return f"{one.folder}: {reason}"
+        if words is learn and not _trained(sweep, one, folder):
+            return f"{one.folder}: training was stopped before its end; the same command goes on"
+    (folder / FAILED).unlink(missing_ok=True)
+    return ""
+
+
+def _trained(sweep: Sweep, one: Run, folder: Path) -> bool:
+    """Whether the exported model is that of the last step: SIGTERM ends training well, too."""
+    step = read_json(folder / TRAINED / "model" / "model.json")["step"]
+    return step >= load_config(sweep.config, one.overrides).steps
+
+
+def collect(sweep: Sweep, out: Path) -> Table:
+    """What all runs of a sweep reached so far."""
+    found: Mapping = {(one.label, one.seed): results(out / one.folder) for one in sweep.runs}
+    reasons = {
+        (one.label, one.seed): (out / one.folder / FAILED).read_text().strip()
+        for one in sweep.runs
+        if (out / one.folder / FAILED).is_file() and not found[one.label, one.seed]
+    }
+    return Table(found, reasons)

@@ -1,0 +1,89 @@
+"""`composer sweep`: a failed run is marked and the rest finished; what is done is not done again."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from composer_jax.cli import main
+
+FILE = """
+def get_sweep():
+    return {
+        "config": "scenes64:smoke",
+        "overrides": ("steps=1", "conditions=palette", "source=scenes:8"),
+        "runs": {"bad": ("source=folder:nowhere",), "good": ()},
+        "evaluate": ("--count", 2, "--seeds", 1, "--steps", 1, "--experiments", ""),
+    }
+"""
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "mine.py").write_text(FILE)
+    words = ["sweep", "--config", str(folder / "mine.py"), "--out", str(folder / "out")]
+    return folder, words, main(words)
+
+
+def test_a_failed_run_is_marked_and_the_rest_finished(swept, capsys):
+    folder, words, code = swept
+    out = folder / "out"
+    assert code == 1
+    assert "nowhere" in (out / "bad-seed0" / "failed.txt").read_text()
+    lines = {row["run"]: row for row in csv.DictReader((out / "table.csv").open())}
+    assert lines["bad"]["state"].startswith("train ended with 2")
+    found = json.loads((out / "good-seed0" / "evaluation" / "control.json").read_text())
+    assert float(lines["good"]["palette"]) == found["control"]["palette"]["normalised"]
+    last = (out / "good-seed0" / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert float(lines["good"]["loss"]) == json.loads(last)["loss"]
+    assert "nowhere" in (out / "table.md").read_text() and (out / "table.html").is_file()
+
+
+def test_what_is_done_is_not_done_again(swept, capsys, monkeypatch):
+    folder, words, _ = swept
+    log = folder / "out" / "good-seed0" / "log.txt"
+    before = log.stat().st_mtime_ns
+    second_of_two(monkeypatch)  # the good one is this one's
+    assert main(words) == 0
+    assert log.stat().st_mtime_ns == before
+    assert "1 of 2 runs are done" in capsys.readouterr().out
+    assert main([*words, "--config.batch=4"]) == 2
+    assert "another --out" in capsys.readouterr().err
+
+
+def test_processes_share_the_runs(swept, capsys, monkeypatch):
+    _, words, _ = swept
+    second_of_two(monkeypatch)
+    assert main([*words, "--list"]) == 0
+    assert capsys.readouterr().out.startswith("good-seed0  steps=1")
+
+
+def second_of_two(monkeypatch):
+    monkeypatch.setenv("COMPOSER_PROCESS", "1")
+    monkeypatch.setenv("COMPOSER_PROCESSES", "2")
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path):
+    (tmp_path / "mine.py").write_text(FILE.replace("steps=1", "steps=100000"))
+    words = ["sweep", "--config", tmp_path / "mine.py", "--out", tmp_path / "out"]
+    command = [sys.executable, "-m", "composer_jax", *map(str, words)]
+    run = tmp_path / "out" / "good-seed0"
+
+    def until(seen):
+        told = {"XLA_FLAGS": "", "COMPOSER_PROCESS": "1", "COMPOSER_PROCESSES": "2"}
+        child = subprocess.Popen(command, env={**os.environ, **told})
+        while child.poll() is None and not seen():
+            time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=120) == 130
+
+    until(lambda: (run / "run" / "metrics.jsonl").is_file())
+    assert any((run / "run" / "checkpoints").glob("[0-9]*"))
+    assert not (run / "failed.txt").exists() and not (run / "evaluation").exists()
+    until(lambda: "going on from step" in (run / "log.txt").read_text())
