@@ -17,15 +17,21 @@ from composer_jax.training.config import defaults
 def get_config(variant: str = "") -> ConfigDict:
     config = defaults()
     config.task = "codec"
-    config.source = "scenes:12000"
+    config.source = "scenes:16000"
     config.image_size = 64
-    config.steps = 4000
+    config.steps = 8000
     config.batch = 16
     config.model = ConfigDict(PRESETS["scenes64"].to_dict())
     config.kl_weight = 2e-5
     config.edge_weight = 0.25
     config.optimizer.update(
-        learning_rate=1e-3, warmup=100, decay=0.5, weight_decay=0.0, clip=1.0, betas=(0.9, 0.99)
+        name="muon",
+        learning_rate=3e-3,
+        warmup=100,
+        decay=0.6,
+        weight_decay=0.0,
+        clip=1.0,
+        betas=(0.9, 0.99),
     )
     config.ema = 0.998
     config.sample_every = 1000

@@ -1,4 +1,4 @@
-"""Ablations on the built-in world: sweeps for `composer sweep --config ablations/NAME --out DIR`."""
+"""Ablations on the built-in world: `composer sweep --config ablations/NAME --out DIR`."""
 
 from collections.abc import Mapping, Sequence
 

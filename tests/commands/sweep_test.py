@@ -1,4 +1,4 @@
-"""`composer sweep`: a failed run is marked and the rest finished; what is done is not done again."""
+"""`composer sweep`: failed runs are marked, the rest finished; what is done is not done again."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def swept(tmp_path_factory):
 
 
 def test_a_failed_run_is_marked_and_the_rest_finished(swept, capsys):
-    folder, words, code = swept
+    folder, _, code = swept
     out = folder / "out"
     assert code == 1
     assert "nowhere" in (out / "bad-seed0" / "failed.txt").read_text()

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from composer_jax.models.composer import Composer, ComposerConfig, grow
+from composer_jax.models.resizer import shrink
 from composer_jax.models.unet import PRESETS
 
 NAMES = ("caption", "palette", "semantics", "sketch", "mask")
@@ -154,6 +155,39 @@ def test_maps_alone_need_neither_tokens_nor_vectors(model, perturbed):
     assert np.any(output != evaluate(maps, given | {"sketch": other["sketch"]}, [1.0, 0.0]))
 
 
+@pytest.mark.parametrize("where", ["timestep", "tokens"])
+def test_vectors_may_go_one_way_alone(model, perturbed, where):
+    config = replace(model.config, conditions=("palette", "sketch"), vectors=where)
+    one = perturbed(created(config), 2)
+    given, other = values(config, 5), values(config, 6)
+    assert bool(one.tokens) == (where == "tokens") and bool(one.embeddings) != bool(one.tokens)
+    output = evaluate(one, given, [1.0, 1.0])
+    moved = evaluate(one, given | {"palette": other["palette"]}, [1.0, 1.0])
+    assert np.all(np.isfinite(output)) and np.max(np.abs(output - moved)) > 1e-4
+    absent = evaluate(one, given, [0.0, 1.0])
+    np.testing.assert_array_equal(
+        absent, evaluate(one, given | {"palette": other["palette"]}, [0.0, 1.0])
+    )
+
+
+def test_resized_maps_have_no_parameters_and_see_means_of_patches(model, perturbed):
+    config = replace(model.config, conditions=("sketch", "mask"), stems="resize")
+    plain = perturbed(created(config), 2)
+    assert not plain.stems
+    given = values(config, 5)
+    sketch = given["sketch"]["map"]
+    patches = sketch.reshape(BATCH, 4, 4, 4, 4, 1)
+    means = jnp.mean(patches, axis=(2, 4), keepdims=True)
+    flat = jnp.broadcast_to(means, patches.shape).reshape(sketch.shape)
+    output = evaluate(plain, given, [1.0, 1.0])
+    same = evaluate(plain, given | {"sketch": {"map": flat}}, [1.0, 1.0])
+    np.testing.assert_allclose(output, same, atol=1e-5)
+    moved = evaluate(plain, given | {"sketch": {"map": 1.0 - sketch}}, [1.0, 1.0])
+    assert np.max(np.abs(output - moved)) > 1e-4
+    with pytest.raises(ValueError, match="local_channels is 2"):
+        shrink(given["mask"]["map"], 4, 2)
+
+
 def test_missing_value_and_missing_size_are_named(model):
     given = values(model.config, 5)
     with pytest.raises(ValueError, match="values lack sketch"):
@@ -167,3 +201,5 @@ def test_config_survives_json(model):
     assert ComposerConfig.from_dict(model.config.to_dict()) == model.config
     with pytest.raises(ValueError, match="no key 'colour'"):
         ComposerConfig.from_dict({**model.config.to_dict(), "colour": 1})
+    with pytest.raises(ValueError, match=r"model.stems 'resized' \(did you mean 'resize'\?\)"):
+        replace(model.config, stems="resized")
