@@ -89,8 +89,8 @@ def shape_of(size: str):
     from composer_jax.models.unet import PRESETS
 
     if size == "scenes64":  # as it is inside, where latents are folded
-        return replace(PRESETS[size], in_channels=80, out_channels=16, patch=1), 8, 72
-    return replace(PRESETS[size], in_channels=20), 64, 128
+        return replace(PRESETS[size], in_channels=88, out_channels=24, patch=1), 8, 72
+    return replace(PRESETS[size], in_channels=20, out_channels=4), 64, 128
 
 
 def their_step(folder: str, config, dtype: str, x, wanted, t, context):

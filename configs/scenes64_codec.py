@@ -1,4 +1,4 @@
-"""The codec of the built-in world: f4, 4 channels, 64 px.
+"""The codec of the built-in world: f4, 6 channels, 64 px.
 
     composer train --config scenes64_codec --workdir runs/codec           14 minutes on 2 cores
 
@@ -22,8 +22,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 8000
     config.batch = 16
     config.model = ConfigDict(PRESETS["scenes64"].to_dict())
-    config.kl_weight = 2e-5
-    config.edge_weight = 0.25
+    config.norm = "l1"  # of errors, or "l2"
+    config.kl_weight = 2e-4
+    config.edge_weight = 0.5
     config.optimizer.update(
         name="muon",
         learning_rate=3e-3,

@@ -82,6 +82,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.warmup = 1
         config.model.update(stem_width=16, context_length=72)
         config.model.unet.update(
+            in_channels=6 + LOCAL,  # the bundled codec's
+            out_channels=6,
             block_out_channels=(16, 32),
             attention=(True, False),
             heads=(2, 2),

@@ -86,7 +86,8 @@ PRESETS = {
     "sd15": UNetConfig(),  # 860 M
     "sd21": UNetConfig(heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True),
     "scenes64": UNetConfig(
-        in_channels=4 + 16,
+        in_channels=6 + 16,
+        out_channels=6,
         block_out_channels=(128, 224),
         attention=(True, True),
         heads=(4, 7),
@@ -96,7 +97,8 @@ PRESETS = {
         patch=2,
     ),
     "tiny": UNetConfig(
-        in_channels=4 + 16,
+        in_channels=6 + 16,
+        out_channels=6,
         block_out_channels=(16, 32),
         attention=(True, True),
         heads=(2, 2),

@@ -121,13 +121,15 @@ def check_widths(config) -> None:
 PRESETS = {
     "sd": VAEConfig(),  # 83.7 M
     "scenes64": VAEConfig(
+        latent_channels=6,
         block_out_channels=(112,),
         layers_per_block=1,
         norm_num_groups=8,
         patch=4,
         mid_attention=False,
         linear_skip=True,
-        latent_std=(1.0,) * 4,
+        latent_mean=(0.0,) * 6,
+        latent_std=(1.0,) * 6,
     ),  # 1.7 M
 }
 
@@ -341,20 +343,34 @@ def standardised(config: VAEConfig, moments: np.ndarray) -> VAEConfig:
     return replace(config, latent_mean=tuple(map(float, mean)), latent_std=tuple(map(float, std)))
 
 
+NORMS = ("l1", "l2")
+SMALL = 0.01  # in [-1, 1]: "l1" is smooth below 1.3 grey levels
+
+
 def codec_loss(
-    vae: VAE, images: Float[Array, "b H W 3"], keys: jax.Array, kl_weight: float, edge_weight: float
+    vae: VAE,
+    images: Float[Array, "b H W 3"],
+    keys: jax.Array,
+    kl_weight: float,
+    edge_weight: float,
+    norm: str = "l2",
 ) -> tuple[jax.Array, dict]:
     """Reconstruction, its gradients, KL to the unit normal; a key for each example.
 
-    Mean squared error + `edge_weight` x that of horizontal and vertical differences + `kl_weight` x
-    KL per latent number. Returns the loss and metrics (psnr in dB over [-1, 1], kl).
+    Mean error + `edge_weight` x that of horizontal and vertical differences + `kl_weight` x KL per
+    latent number. `norm` of an error: "l2" (its square) or "l1" (Charbonnier's, sqrt(e^2 + s^2)),
+    which cares as much for faint edges as for strong ones. Returns the loss and metrics (psnr in dB
+    over [-1, 1], kl).
     """
+    if norm not in NORMS:
+        raise ValueError(f"codec norm {norm!r}; allowed: {', '.join(NORMS)}")
+    of = jnp.square if norm == "l2" else lambda e: jnp.sqrt(e**2 + SMALL**2)
     mean, logvar = jnp.split(vae.encode(images), 2, axis=-1)
     noise = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:]))(keys)
     decoded = vae._decode(mean + jnp.exp(0.5 * logvar) * noise)
     error = decoded - images
-    edges = sum(jnp.mean(jnp.diff(error, axis=axis) ** 2) for axis in (1, 2))
+    edges = sum(jnp.mean(of(jnp.diff(error, axis=axis))) for axis in (1, 2))
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
     mse = jnp.mean(error**2)
-    loss = mse + edge_weight * edges + kl_weight * kl
+    loss = jnp.mean(of(error)) + edge_weight * edges + kl_weight * kl
     return loss, {"psnr": -10.0 * jnp.log10(mse / 4.0), "kl": kl}

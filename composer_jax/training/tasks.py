@@ -160,7 +160,8 @@ def codec_task(config, source: Source | Caches, workdir: Path) -> Task:
     def loss(params, batch, keys):
         images = to_unit(batch["image"])
         vae = nnx.merge(graph, params)
-        return codec_loss(vae, images, keys, config.kl_weight, config.edge_weight)
+        weights = config.kl_weight, config.edge_weight
+        return codec_loss(vae, images, keys, *weights, config.get("norm", "l2"))
 
     def export(params, step: int) -> None:
         del step

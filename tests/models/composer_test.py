@@ -42,7 +42,7 @@ def values(config, seed):
 @pytest.fixture(scope="module")
 def model(perturbed):
     shape = {"block_out_channels": (16,), "attention": (True,), "heads": (2,)}
-    unet = replace(PRESETS["tiny"], patch=1, in_channels=4 + 8, **shape)
+    unet = replace(PRESETS["tiny"], patch=1, in_channels=4 + 8, out_channels=4, **shape)
     config = ComposerConfig(
         unet, NAMES, SIZES, factor=4, local_channels=8, stem_width=8, context_length=24
     )

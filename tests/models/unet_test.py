@@ -36,7 +36,7 @@ def test_stable_diffusions_shape(name, count):
 @partial(jax.jit, static_argnums=0)
 def evaluate(graph, state, context, bias):
     unet = nnx.merge(graph, state)
-    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 20))
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 22))
     timesteps = jnp.array([3.0, 800.0])
     once = unet(x, timesteps, unet.project_context(context), bias)
     return once, unet(x, timesteps, context, bias)
@@ -47,7 +47,7 @@ def test_projected_context_is_the_same_and_masked_tokens_are_unseen(unet):
     context = jax.random.normal(jax.random.key(2), (2, 5, 128))
     bias = jnp.zeros((2, 5)).at[:, 3:].set(MASKED)
     once, plain = evaluate(graph, state, context, bias)
-    assert once.shape == (2, 8, 8, 4)
+    assert once.shape == (2, 8, 8, 6)
     np.testing.assert_array_equal(once, plain)
     other, _ = evaluate(graph, state, context.at[:, 3:].set(7.0), bias)
     np.testing.assert_array_equal(other, once)

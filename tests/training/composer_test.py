@@ -31,7 +31,7 @@ def batch(step):
     rng = np.random.default_rng(step)
     return {
         "image": rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8),
-        "moments": rng.normal(size=(BATCH, 4, 4, 8)).astype(np.float16),
+        "moments": rng.normal(size=(BATCH, 4, 4, 12)).astype(np.float16),
         "stored": {
             "depth": rng.integers(0, 65536, (BATCH, 16, 16), np.uint16),
             "palette": rng.dirichlet(np.ones(156), BATCH).astype(np.float32),

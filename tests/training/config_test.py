@@ -22,11 +22,11 @@ def test_overrides_take_the_type_that_is_there():
 @pytest.mark.parametrize("path", sorted(Path(configs.__path__[0]).glob("[!_]*.py")), ids=str)
 def test_every_config_loads_and_says_how_it_is_run(path):
     config = load_config(path.stem)
-    assert config.task in ("codec", "clip", "depth", "composer")
+    assert config.task in ("codec", "clip", "depth", "objects", "composer")
     assert f"composer train --config {path.stem}" in path.read_text()
     if config.task == "composer":
         unet = UNetConfig.from_dict(config.model.unet.to_dict())
-        assert unet.in_channels == 4 + config.model.local_channels
+        assert unet.in_channels == unet.out_channels + config.model.local_channels
         assert load_config(f"{path.stem}:smoke").steps < 10
 
 

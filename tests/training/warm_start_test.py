@@ -27,7 +27,7 @@ from composer_jax.training.warm_start import around, start_from
 def sd(tmp_path_factory, drawn, save_sd):
     """A small Stable Diffusion's UNet as diffusers lays it out."""
     config = UNetConfig.from_dict(load_config("sd15_composer:smoke").model.unet.to_dict())
-    unet = drawn(lambda: UNet(replace(config, in_channels=4), rngs=Keys(0)), 1)
+    unet = drawn(lambda: UNet(replace(config, in_channels=6), rngs=Keys(0)), 1)
     return save_sd(tmp_path_factory.mktemp("sd"), unet)
 
 
@@ -37,7 +37,9 @@ def started(sd):
     config = load_config("sd15_composer:smoke")
     sizes = {"text_length": 6, "text_width": 128, "embed_width": 10}
     names, unet = tuple(conditions.names()), UNetConfig.from_dict(config.model.unet.to_dict())
-    config = ComposerConfig(unet, names, sizes, factor=4, stem_width=8, context_length=32)
+    config = ComposerConfig(
+        unet, names, sizes, latent_channels=6, factor=4, stem_width=8, context_length=32
+    )
     absent = {"caption": {"tokens": jnp.full((6, 128), 0.1), "vector": jnp.full((10,), 0.1)}}
     composer = Composer(config, absent, rngs=Keys(0))
     for name in names:
@@ -63,7 +65,7 @@ def values_of(config: ComposerConfig, batch: int) -> dict:
 
 def test_with_a_caption_alone_it_is_the_unet_it_came_from(sd, started):
     config, t = started.config, jnp.asarray([7.0, 640.0])
-    values, x_t = values_of(config, 2), jax.random.normal(jax.random.key(0), (2, 16, 16, 4))
+    values, x_t = values_of(config, 2), jax.random.normal(jax.random.key(0), (2, 16, 16, 6))
     strength = jnp.asarray([[float(name == "caption") for name in config.conditions]] * 2)
 
     @nnx.jit
@@ -79,7 +81,7 @@ def test_with_a_caption_alone_it_is_the_unet_it_came_from(sd, started):
 
 def test_the_first_gradient_is_finite_and_opens_every_condition(started):
     graph, params, rest = nnx.split(started, nnx.Param, ...)
-    values, x_t = values_of(started.config, 1), jnp.ones((1, 16, 16, 4))
+    values, x_t = values_of(started.config, 1), jnp.ones((1, 16, 16, 6))
 
     @jax.jit
     def gradient(params):
@@ -122,7 +124,7 @@ def test_only_what_the_pattern_finds_is_trained(sd, tmp_path):
     ("override", "message"),
     [
         ("model.unet.heads=(4,4)", r"model\.unet\.heads is \[4, 4\]"),
-        ("model.local_channels=8", r"model\.unet\.in_channels is 20; .* asks for 12"),
+        ("model.local_channels=8", r"model\.unet\.in_channels is 22; .* asks for 14"),
         ("process.prediction=v", r"process\.prediction is 'v'; .* was trained with 'eps'"),
         ("trainable=unett", "trainable 'unett' finds no parameter"),
         ("init_from=nowhere", "unet nowhere: no such directory"),
