@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", default="scenes", help="of the images (default: held-out scenes)"
     )
+    parser.add_argument("--source-seed", type=int, default=0, help="of held-out scenes (default 0)")
     parser.add_argument("--count", type=int, default=256, help="images (default 256)")
     parser.add_argument("--seeds", type=int, default=4, help="samples of each image (default 4)")
     parser.add_argument(
@@ -87,12 +88,13 @@ def run(args: argparse.Namespace) -> None:
     pipe = open_pipeline(args)
     world = args.source.partition(":")[0] == "scenes"
     tools = pipe.tools(pipe.names) | load_tools(**named_tools(args))
-    examples = _examples(args.source, args.count, pipe, tools)
+    examples = _examples(args.source, args.source_seed, args.count, pipe, tools)
     judges = tools | (scenes_judges() if world else {})
     measured, reasons = _measurable(examples, judges)
     settings = {
         "model": describe_model(pipe.model),
         "source": args.source,
+        "source seed": args.source_seed,
         "first seed": args.seed,
         "size": pipe.size,
         "dtype": str(jnp.dtype(pipe.model.composer.dtype)),
@@ -142,11 +144,13 @@ def run(args: argparse.Namespace) -> None:
     print(f"numbers in {args.out / 'control.json'}, pictures in {args.out / 'report.html'}")
 
 
-def _examples(text: str, count: int, pipe: Pipeline, tools: Mapping[str, Any]) -> Examples:
+def _examples(
+    text: str, seed: int, count: int, pipe: Pipeline, tools: Mapping[str, Any]
+) -> Examples:
     """`count` images of a source, and the model's conditions as far as they can be taken."""
     if text == "scenes":
         text = f"scenes:{count}"
-    source = open_source(text, size=pipe.size, split="test")
+    source = open_source(text, size=pipe.size, seed=seed, split="test")
     count = min(count, len(source))
     reasons = {n: r for n, r in available(source, tools).items() if r and n in pipe.names}
     names = tuple(name for name in pipe.names if name not in reasons)

@@ -48,8 +48,8 @@ class Control:
     `rows`: "sample" given the condition; "permuted" given another example's; "floor" without it;
     "oracle", the image through the codec; and others that were handed in. `interval`: a bootstrap
     95 % interval of the sample's normalised excess. `beside`: further measures, by name and row.
-    `left_out`: examples that the measure does not apply to. `scores`: of each example, nan where
-    left out.
+    `left_out`: examples that the measure does not apply to. `scores`: of each example's sample
+    under the first seed, nan where left out.
     """
 
     rows: Mapping[str, Row]
@@ -202,6 +202,7 @@ def measure_control(
     if not valid.any():
         nothing = Row(float("nan"), float("nan"), None)
         return Control(dict.fromkeys(rows, nothing), None, left_out, raw["sample"])
+    first = scores(judge, rows["sample"][0])
 
     def excess(kind: str, index=valid) -> np.ndarray:
         """Over the larger chance; `index` picks examples, [N] or, for the bootstrap, [R, N]."""
@@ -233,4 +234,4 @@ def measure_control(
                 for kind, seeds in rows.items()
                 if kind in (*KNOWN, "image")
             }
-    return Control({kind: row(kind) for kind in rows}, interval, left_out, raw["sample"], beside)
+    return Control({kind: row(kind) for kind in rows}, interval, left_out, first, beside)

@@ -93,9 +93,7 @@ def picture_section(
             strict=True,
         )
     )
-    page.picture(
-        labelled_sheet(rows, CELL), f"{name}: {scores}, means over seeds; first seed shown"
-    )
+    page.picture(labelled_sheet(rows, CELL), f"{name}: {scores}, under the first seed")
 
 
 def composition_section(page: Report, names: Sequence[str], found: Composition) -> None:
