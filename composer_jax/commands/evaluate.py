@@ -40,6 +40,8 @@ from composer_jax.storage.series import describe_model
 
 CHUNK = 64
 
+Load = Callable[[Cell], list[np.ndarray]]  # of a cell: its samples, for each seed
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -74,21 +76,12 @@ class Examples:
 
 def run(args: argparse.Namespace) -> None:
     """Writes OUT/control.json and OUT/report.html; samples that are in OUT are not made again."""
-    wanted = args.experiments.split(",") if args.experiments else []
-    for word in wanted:
-        if word not in EXPERIMENTS:
-            raise ValueError(
-                f"no experiment {word!r}{meant(word, EXPERIMENTS)}; there are "
-                f"{', '.join(EXPERIMENTS)}"
-            )
-    for name, least in (("count", 2), ("seeds", 1), ("few", 2)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} is {getattr(args, name)}; at least {least} is wanted")
+    wanted = _checked(args)
     options = sampling_options(args)
     pipe = open_pipeline(args)
-    world = args.source.partition(":")[0] == "scenes"
     tools = pipe.tools(pipe.names) | load_tools(**named_tools(args))
     examples = _examples(args.source, args.source_seed, args.count, pipe, tools)
+    world = args.source.partition(":")[0] == "scenes"
     judges = tools | (scenes_judges() if world else {})
     measured, reasons = _measurable(examples, judges)
     settings = {
@@ -100,36 +93,22 @@ def run(args: argparse.Namespace) -> None:
         "dtype": str(jnp.dtype(pipe.model.composer.dtype)),
         **asdict(pipe.defaults.but(**options)),
     }
-    samples = Samples(args.out, settings)
-    few = min(args.few, len(examples.images))
-    seeds = range(args.seed, args.seed + args.seeds)
-    found: dict[str, list[np.ndarray]] = {}
-    every = experiments.cells(examples.names, wanted)
-    counts = {cell.name: few if cell.few else len(examples.images) for cell in every}
-    total = sum(counts.values()) * len(seeds)
-    with tqdm(total=total, unit="image", desc="sample") as bar:
-        for cell in every:
-            rows = examples.stored[: counts[cell.name]]
-            found[cell.name] = [
-                samples.get(pipe, rows, cell, seed, bar.update, **options) for seed in seeds
-            ]
+    load = _sample(args, pipe, examples, wanted, Samples(args.out, settings), options)
     through = reconstruct(pipe.model.vae, examples.images)
-    controls, together = _measure_alone(examples, measured, found, through, judges)
-    cells = measurements(measured, wanted)
-    with tqdm(total=cells, unit="cell", desc="measure") as bar:
+    controls, together = _measure_alone(examples, measured, load, through, judges)
+    few = min(args.few, len(examples.images))
+    with tqdm(total=measurements(measured, wanted), unit="cell", desc="measure") as bar:
         composition = compose(
             measured,
             examples.stored[:few],
             through[:few],
-            lambda cell: [seed[:few] for seed in found[cell.name]],
+            lambda cell: [seed[:few] for seed in load(cell)],
             wanted,
             judges,
             bar.update,
         )
-    numbers = {"images": len(examples.images), "seeds": len(seeds), "few": few}
-    good = {}
-    if "quality" in wanted:
-        good = _quality(pipe, examples, found, through, judges)
+    numbers = {"images": len(examples.images), "seeds": args.seeds, "few": few}
+    good = _quality(pipe, examples, load, through, judges) if "quality" in wanted else {}
     result = {
         "settings": settings | numbers,
         "control": {name: _plain(c) for name, c in controls.items()},
@@ -139,9 +118,53 @@ def run(args: argparse.Namespace) -> None:
         "quality": good,
     }
     write_json(args.out / "control.json", result)
-    _page(args, examples, controls, together, composition, reasons, found, judges, result)
+    report = Report("Control, measured", ", ".join(f"{k} {v}" for k, v in settings.items()))
+    report.text(", ".join(f"{number} {what}" for what, number in numbers.items()))
+    page.control_section(report, controls, reasons)
+    page.together_section(report, together)
+    page.composition_section(report, tuple(controls), composition)
+    page.quality_section(report, good)
+    _pictures(report, examples, controls, load, judges)
+    (args.out / "report.html").write_text(report.html())
     _print(controls, together, composition, reasons, good)
     print(f"numbers in {args.out / 'control.json'}, pictures in {args.out / 'report.html'}")
+
+
+def _checked(args: argparse.Namespace) -> list[str]:
+    """The experiments that are asked for; raises ValueError for what makes no sense."""
+    wanted = args.experiments.split(",") if args.experiments else []
+    for word in wanted:
+        if word not in EXPERIMENTS:
+            hint = meant(word, EXPERIMENTS)
+            raise ValueError(f"no experiment {word!r}{hint}; there are {', '.join(EXPERIMENTS)}")
+    for name, least in (("count", 2), ("seeds", 1), ("few", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}; at least {least} is wanted")
+    return wanted
+
+
+def _sample(
+    args: argparse.Namespace,
+    pipe: Pipeline,
+    examples: Examples,
+    wanted: Sequence[str],
+    samples: Samples,
+    options: Mapping[str, Any],
+) -> Load:
+    """Makes what is missing of all cells; returns what reads a cell's samples from disk."""
+
+    def get(cell: Cell, progress: Callable[[int], Any]) -> list[np.ndarray]:
+        count = min(args.few, len(examples.stored)) if cell.few else len(examples.stored)
+        rows, seeds = examples.stored[:count], range(args.seed, args.seed + args.seeds)
+        return [samples.get(pipe, rows, cell, seed, progress, **options) for seed in seeds]
+
+    cells = experiments.cells(examples.names, wanted)
+    count = len(examples.stored)
+    total = sum(min(args.few, count) if cell.few else count for cell in cells) * args.seeds
+    with tqdm(total=total, unit="image", desc="sample") as bar:
+        for cell in cells:
+            get(cell, bar.update)
+    return lambda cell: get(cell, lambda done: None)
 
 
 def _examples(
@@ -182,19 +205,19 @@ def _measurable(examples: Examples, judges: Mapping[str, Any]) -> tuple[list[str
 def _measure_alone(
     examples: Examples,
     measured: Sequence[str],
-    found: Mapping[str, Sequence[np.ndarray]],
+    load: Load,
     through: np.ndarray,
     judges: Mapping[str, Any],
 ) -> tuple[dict[str, Control], dict[str, float | None]]:
     """Control of each condition alone, and the normalised one of each where all are given."""
     others = {"oracle": through, "image": examples.images, **degenerate(examples.images)}
-    floor = found[experiments.nothing().name]
+    floor, every = load(experiments.nothing()), load(experiments.everything(examples.names))
     controls, together = {}, {}
     for name in tqdm(measured, unit="condition", desc="measure"):
         rows = {
-            "sample": found[experiments.alone(name).name],
+            "sample": load(experiments.alone(name)),
             "floor": floor,
-            "everything": found[experiments.everything(examples.names).name],
+            "everything": every,
             **{kind: [images] for kind, images in others.items()},
         }
         controls[name] = measure_control(name, examples.stored, rows, judges)
@@ -205,7 +228,7 @@ def _measure_alone(
 def _quality(
     pipe: Pipeline,
     examples: Examples,
-    found: Mapping[str, Sequence[np.ndarray]],
+    load: Load,
     through: np.ndarray,
     judges: Mapping[str, Any],
 ) -> dict[str, dict[str, float]]:
@@ -213,7 +236,7 @@ def _quality(
     kinds = [experiments.nothing(), experiments.everything(examples.names)]
     if "caption" in examples.names:
         kinds.insert(1, experiments.alone("caption"))
-    sets = {"oracle": [through], **{cell.name: found[cell.name] for cell in kinds}}
+    sets = {"oracle": [through], **{cell.name: load(cell) for cell in kinds}}
     features = {"CLIP": lambda images: np.asarray(pipe.clip.image(images))}
     if effnet := effnet_features():
         features["EffNet"] = effnet
@@ -236,26 +259,19 @@ def _plain(control: Control) -> dict[str, Any]:
     }
 
 
-def _page(args, examples, controls, together, composition, reasons, found, judges, result) -> None:
-    report = Report(
-        "Control, measured", ", ".join(f"{k} {v}" for k, v in result["settings"].items())
-    )
-    page.control_section(report, controls, reasons)
-    page.together_section(report, together)
-    page.composition_section(report, tuple(controls), composition)
-    page.quality_section(report, result["quality"])
+def _pictures(
+    report: Report,
+    examples: Examples,
+    controls: Mapping[str, Control],
+    load: Load,
+    judges: Mapping[str, Any],
+) -> None:
+    """Best, median and worst of each condition."""
     report.heading("Pictures")
     for name, control in controls.items():
-        page.picture_section(
-            report,
-            control,
-            name,
-            [row[name] for row in examples.stored],
-            examples.images,
-            found[experiments.alone(name).name][0],
-            tool_of(name, judges),
-        )
-    (args.out / "report.html").write_text(report.html())
+        wanted, samples = [row[name] for row in examples.stored], load(experiments.alone(name))[0]
+        tool = tool_of(name, judges)
+        page.picture_section(report, control, name, wanted, examples.images, samples, tool)
 
 
 def _print(controls, together, composition: Composition, reasons, good) -> None:
