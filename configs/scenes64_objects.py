@@ -1,6 +1,10 @@
 """The object detector of the built-in world: it reads instances and stated facts off samples.
 
-    composer train --config scenes64_objects --workdir runs/objects       20 minutes on 2 cores
+    composer train --config scenes64_objects --workdir runs/objects       19 minutes on 2 cores
+
+Reached with seed 2 on 1,024 held-out scenes (`python benchmarks/detectors.py`): instances' mean IoU
+.898; of the facts that captions state, shape .967, colour .983, size .977, count .942, relation
+.962. `assets/scenes64/objects` is this run's, in float16 (2.0 MB).
 
 `:smoke` is a run of seconds for tests.
 """

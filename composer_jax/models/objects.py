@@ -20,7 +20,7 @@ from composer_jax.models.detectors import Dense
 from composer_jax.models.vae import strict
 
 NUMBERS = 4  # of an object: its middle (y, x) from the pixel, its screen x, its distance
-RADIUS, LEAST = 0.08, 10  # of votes around a middle, in image sides; pixels of an object at 64 px
+RADIUS, LEAST = 0.1, 16  # of votes around a middle, in image sides; pixels of an object at 64 px
 FAR = 10.0  # what distances are divided by
 
 
