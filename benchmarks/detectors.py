@@ -1,4 +1,7 @@
-"""What the detectors of the built-in world see in held-out scenes: `python benchmarks/detectors.py`.
+"""What the detectors of the built-in world see in held-out scenes.
+
+    python benchmarks/detectors.py                         the bundled ones
+    python benchmarks/detectors.py --objects runs/objects
 
 Depth by Spearman's correlation less the mean map, instances by mean IoU, facts by the share of what
 captions state that is found.
