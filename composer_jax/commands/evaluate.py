@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from composer_jax.evaluation.control import (
     reconstruct,
     tool_of,
 )
-from composer_jax.evaluation.experiments import EXPERIMENTS, Samples
+from composer_jax.evaluation.experiments import EXPERIMENTS, Cell, Samples
 from composer_jax.evaluation.judges import scenes_judges
 from composer_jax.evaluation.quality import effnet_features, quality
 from composer_jax.evaluation.report import Report
