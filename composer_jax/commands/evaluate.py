@@ -195,8 +195,12 @@ def _measurable(examples: Examples, judges: Mapping[str, Any]) -> tuple[list[str
     measured, reasons = [], dict(examples.reasons)
     for name in examples.names:
         try:
-            measure_each(name, [examples.stored[0][name]], examples.images[:1], judges)
-            measured.append(name)
+            pairs = zip(examples.stored, examples.images, strict=True)
+            scores = (measure_each(name, [row[name]], image[None], judges) for row, image in pairs)
+            if any(np.isfinite(score) for score in scores):
+                measured.append(name)
+            else:
+                reasons[name] = "its measure applies to none of these images"
         except ValueError as error:
             reasons[name] = str(error)
     return measured, reasons

@@ -90,8 +90,11 @@ class Caption(Condition):
 
         With a CLIP instead the cosine between the sentence's and the image's embeddings, in
         [-1, 1], unscaled: OpenAI's models give true pairs of photo and caption about 0.3, so it is
-        to be read beside its oracle. Raises ValueError without either.
+        to be read beside its oracle. An empty text says nothing: nan. Raises ValueError without
+        either tool.
         """
+        if not str(wanted.get("text", "?")).strip():
+            return float("nan")
         if hasattr(tool, "agreement"):
             return tool.agreement(str(wanted["text"]), np.asarray(image))
         return float(np.dot(wanted["vector"], _needed(tool).image(np.asarray(image)[None])[0]))

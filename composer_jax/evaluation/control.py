@@ -1,9 +1,9 @@
 """Control, measured: conditions are taken out of samples again and compared with what was asked.
 
 A metric that a blank image can win says nothing, so every score here is an excess over chance:
-what the same images score for *other* examples' conditions and, for maps, what they score when
-they are rolled by half a side. Whatever does not depend on the condition, a blank, the mean image,
-noise, has an excess of 0.
+what the same images score for *other* examples' conditions or, for maps, when they are rolled by
+half a side, whichever is most. Whatever does not depend on the condition, a blank, the mean image,
+noise, has an excess of 0, and so has a map in the wrong place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from composer_jax.sampling.pipeline import Pipeline
 CHUNK = 16
 OTHERS = (2, 5, 11)  # whose conditions chance is measured by: examples so far on
 ROLLS = ((1, 0), (0, 1), (1, 1))  # half sides, down and right
-LEAST_ROOM = 0.1  # between floor and oracle; with less a measure tells nothing apart
+LEAST_ROOM = 0.1  # between the scores of floor and oracle; with less nothing is told apart
 KNOWN = ("sample", "permuted", "floor", "oracle")
 HEAD = (
     "control", "95 % interval", "sample", "permuted", "floor", "oracle", "image",
@@ -186,13 +186,13 @@ def measure_control(
         return np.array([function(one, image, tool) for one, image in pairs])
 
     def chances(seed: np.ndarray) -> list[np.ndarray]:
-        """By other examples' conditions, and rolled: [N] each."""
+        """By other examples' conditions, and rolled in each way: [N] each."""
         offsets = [k for k in OTHERS if k % len(wanted)] or [1]
         found = [np.mean([scores(judge, seed, k) for k in offsets], axis=0)]
         if spatial:
             halves = [side // 2 for side in seed.shape[1:3]]
             rolled = [np.roll(seed, np.multiply(roll, halves), axis=(1, 2)) for roll in ROLLS]
-            found.append(np.mean([scores(judge, one) for one in rolled], axis=0))
+            found += [scores(judge, one) for one in rolled]
         return found
 
     raw = {kind: np.mean([scores(judge, s) for s in seeds], axis=0) for kind, seeds in rows.items()}
@@ -205,23 +205,24 @@ def measure_control(
     first = scores(judge, rows["sample"][0])
 
     def excess(kind: str, index=valid) -> np.ndarray:
-        """Over the larger chance; `index` picks examples, [N] or, for the bootstrap, [R, N]."""
+        """Over the largest chance; `index` picks examples, [N] or, for the bootstrap, [R, N]."""
         above = [np.nanmean(one[index], axis=-1) for one in chance[kind]]
         return np.nanmean(raw[kind][index], axis=-1) - np.max(above, axis=0)
 
+    score = {kind: float(values[valid].mean()) for kind, values in raw.items()}
+    enough = score["oracle"] - score["floor"] >= LEAST_ROOM
     floor, oracle = excess("floor"), excess("oracle")
-    room = oracle - floor
 
     def row(kind: str) -> Row:
         over = float(excess(kind))
-        share = float((over - floor) / room) if room >= LEAST_ROOM else None
-        return Row(float(raw[kind][valid].mean()), over, share)
+        share = float((over - floor) / (oracle - floor)) if enough else None
+        return Row(score[kind], over, share)
 
     drawn = np.flatnonzero(valid)[
         np.random.default_rng(0).integers(valid.sum(), size=(2000, valid.sum()))
     ]
     interval = None
-    if room >= LEAST_ROOM:
+    if enough:
         with np.errstate(divide="ignore", invalid="ignore"):  # a draw may leave no room
             low = excess("floor", drawn)
             shares = (excess("sample", drawn) - low) / (excess("oracle", drawn) - low)

@@ -40,17 +40,16 @@ def rows_of(images, sample, **more):
 
 @pytest.mark.parametrize("name", conditions.names())
 def test_the_image_itself_is_perfect_and_no_other_is(scenes, tools, name):
-    """Blank, noise, mean, shifted and permuted images: none scores above 0.05 by expectation;
-    with 32 scenes 0.15 is allowed for chance."""
+    """Blank, noise, mean, shifted and permuted images, the excess of each over the image's own."""
     images, stored = scenes
     wrong = degenerate(images) | {"black": np.zeros_like(images), "others": images[::-1].copy()}
     found = measure_control(name, stored, rows_of(images, images, **wrong), tools)
     assert found.normalised == 1.0 and found.interval == (1.0, 1.0)
     for kind in ("permuted", *wrong):
         if kind in found.rows:
-            assert found.rows[kind].normalised < 0.15, kind
+            assert found.rows[kind].excess < 0.1 * found.rows["oracle"].excess, kind
     for kind in ("blank", "mean image", "black"):  # which are the same for every condition
-        assert found.rows[kind].excess < 0.05, kind
+        assert found.rows[kind].excess < 0.05 * found.rows["oracle"].excess, kind
 
 
 def test_scores_are_means_over_seeds_and_intervals_hold_them(scenes):
@@ -94,4 +93,4 @@ def test_what_is_measured_beside_is_perfect_for_the_image_itself(scenes, tools):
         assert found.beside, name
         for row in found.beside.values():
             assert row["sample"] == pytest.approx(value, abs=1e-6)
-            assert abs(row["permuted"] - value) > 0.3
+            assert name == "mask" or abs(row["permuted"] - value) > 0.3  # seams have a mean of 0
