@@ -9,6 +9,7 @@ import json
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
@@ -88,11 +89,7 @@ def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     path, _, variant = text.partition(":")
     if path.endswith(".py"):
-        if not Path(path).is_file():
-            raise ValueError(f"config file {path} does not exist")
-        spec = importlib.util.spec_from_file_location("composer_config", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = python_file(path)
     else:
         import composer_jax.configs as package
 
@@ -108,6 +105,16 @@ def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
         if config.get(key, least) < least:
             raise ValueError(f"config key {key} is {config[key]}; at least {least} is wanted")
     return config
+
+
+def python_file(path: str) -> ModuleType:
+    """The module that a .py file makes; raises ValueError where there is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"config file {path} does not exist")
+    spec = importlib.util.spec_from_file_location("composer_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _override(config: ConfigDict, override: str) -> None:

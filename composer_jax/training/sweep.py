@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import pkgutil
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from composer_jax.conditions.base import meant
-from composer_jax.training.config import load_config
+from composer_jax.training.config import load_config, python_file
 
 KEYS = ("config", "overrides", "runs", "grid", "seeds", "evaluate")
 
@@ -99,12 +99,7 @@ def _points(runs: Mapping[str, Sequence[str]], grid: Mapping) -> dict[str, tuple
 
 def _module(text: str) -> ModuleType:
     if text.endswith(".py"):
-        if not Path(text).is_file():
-            raise ValueError(f"sweep file {text} does not exist")
-        spec = importlib.util.spec_from_file_location("composer_sweep", text)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return python_file(text)
     import composer_jax.configs.ablations as package
 
     known = [f"ablations/{info.name}" for info in pkgutil.iter_modules(package.__path__)]
