@@ -133,6 +133,8 @@ def _run(sweep: Sweep, one: Run, folder: Path, children: set, stopping: threadin
                 start_new_session=True,  # a terminal's Ctrl-C reaches it by us, once
             )
             children.add(child)
+            if stopping.is_set():  # since it was asked above
+                child.send_signal(signal.SIGTERM)
             code = child.wait()
             children.discard(child)
         if stopping.is_set():

@@ -210,8 +210,8 @@ def measure_control(
         return np.nanmean(raw[kind][index], axis=-1) - np.max(above, axis=0)
 
     score = {kind: float(values[valid].mean()) for kind, values in raw.items()}
-    enough = score["oracle"] - score["floor"] >= LEAST_ROOM
     floor, oracle = excess("floor"), excess("oracle")
+    enough = score["oracle"] - score["floor"] >= LEAST_ROOM and oracle > floor
 
     def row(kind: str) -> Row:
         over = float(excess(kind))
