@@ -42,7 +42,7 @@ def test_a_cache_holds_what_was_taken_apart(caches):
     for name in ("palette", "sketch", "depth", "instances"):
         stored = conditions.get(name).extract(wanted["image"], wanted["given"])
         same(found["stored"][name], arrays_of(name, stored))
-    assert found["moments"].dtype == np.float16 and found["moments"].shape == (24, 16, 16, 8)
+    assert found["moments"].dtype == np.float16 and found["moments"].shape == (24, 16, 16, 12)
 
 
 def test_tfds_opens_it(caches):
