@@ -21,7 +21,7 @@ from composer_jax.training.config import defaults
 def get_config(variant: str = "") -> ConfigDict:
     config = defaults()
     config.task = "composer"
-    config.source = "scenes:16000"
+    config.source = "scenes:40000"
     config.image_size = 64
     config.codec = "bundled"
     config.clip = "bundled"
@@ -29,12 +29,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tools = dict(depth="", segmenter="", edges="")  # networks that conditions are taken by
     config.init_from = ""
     config.conditions = ()  # empty: all that the source can give
-    config.steps = 4000
+    config.steps = 11000
     config.batch = 32
     config.remat = "none"  # or "attention", "blocks": less memory, more arithmetic
     config.model = dict(
         unet=PRESETS["scenes64"].to_dict(),
-        local_channels=16,
+        local_channels=32,
         stems="convolutions",  # or "resize": without parameters
         stem_width=48,
         vectors="both",  # or "timestep" or "tokens" alone
@@ -47,14 +47,14 @@ def get_config(variant: str = "") -> ConfigDict:
         min_snr=None,
         density="logit-normal",  # of training times, or "uniform"
     )
-    config.keep = None  # a condition's chance in training; its own where None
+    config.keep = 0.3  # a condition's chance in training; its own where None
     config.drop_all = 0.1
     config.keep_all = 0.1
     config.optimizer.update(
-        learning_rate=1e-3, warmup=200, decay=0.33, weight_decay=0.0, clip=1.0, betas=(0.9, 0.99)
+        learning_rate=1e-3, warmup=200, decay=0.4, weight_decay=0.0, clip=1.0, betas=(0.9, 0.99)
     )
     config.ema = 0.999
-    config.sample_every = 2000
+    config.sample_every = 4000
     config.sampler = dict(solver="dpmpp2m", steps=20, guidance=2.0)
     if variant == "quick":
         config.source = "scenes:2000"

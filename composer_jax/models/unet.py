@@ -86,18 +86,18 @@ PRESETS = {
     "sd15": UNetConfig(),  # 860 M
     "sd21": UNetConfig(heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True),
     "scenes64": UNetConfig(
-        in_channels=6 + 16,
+        in_channels=6 + 32,
         out_channels=6,
-        block_out_channels=(128, 224),
+        block_out_channels=(160, 160),
         attention=(True, True),
-        heads=(4, 7),
+        heads=(5, 5),
         layers_per_block=1,
         cross_attention_dim=128,
         norm_num_groups=16,
         patch=2,
     ),
     "tiny": UNetConfig(
-        in_channels=6 + 16,
+        in_channels=6 + 32,
         out_channels=6,
         block_out_channels=(16, 32),
         attention=(True, True),
