@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tools = dict(depth="", segmenter="", edges="")  # networks that conditions are taken by
     config.init_from = ""
     config.conditions = ()  # empty: all that the source can give
-    config.steps = 11000
+    config.steps = 9000
     config.batch = 32
     config.remat = "none"  # or "attention", "blocks": less memory, more arithmetic
     config.model = dict(

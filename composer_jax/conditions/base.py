@@ -125,9 +125,10 @@ class Condition(abc.ABC):
         del stored
         return self.measure
 
-    def beside(self, stored: Sequence[Any]) -> dict[str, Callable[..., float]]:
-        """Further measures of the same arguments by name, printed beside `judge`'s: any range."""
-        del stored
+    def beside(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[..., float]]:
+        """Further measures by name, of any range, printed beside `judge`'s: functions of a row,
+        an image and the tool. `rows`: all that is stored of each example, by condition."""
+        del rows
         return {}
 
     def absent(self, tool=None):

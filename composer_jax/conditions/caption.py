@@ -99,15 +99,15 @@ class Caption(Condition):
             return tool.agreement(str(wanted["text"]), np.asarray(image))
         return float(np.dot(wanted["vector"], _needed(tool).image(np.asarray(image)[None])[0]))
 
-    def beside(self, stored):
+    def beside(self, rows):
         """The share of each kind of stated fact that is found, where the tool is a reader."""
-        del stored
+        del rows
 
         def share(fact: str):
-            def measure(wanted, image, tool=None) -> float:
+            def measure(row, image, tool=None) -> float:
                 if not hasattr(tool, "agreement"):
                     return float("nan")
-                return tool.agreement(str(wanted["text"]), np.asarray(image), (fact,))
+                return tool.agreement(str(row[self.name]["text"]), np.asarray(image), (fact,))
 
             return measure
 

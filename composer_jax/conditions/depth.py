@@ -86,12 +86,25 @@ class Depth(Condition):
 
         The floor is near and the sky far in every scene: the mean map alone correlates with each.
         """
+        return self._beyond_the_mean(stored)
+
+    def beside(self, rows):
+        """The same on the pixels of instances alone; nan where these are not known."""
+        measure = self._beyond_the_mean([row[self.name] for row in rows])
+
+        def on_instances(row, image, tool=None) -> float:
+            ids = np.asarray(row["instances"]["ids"] if "instances" in row else 0)
+            return measure(row[self.name], image, tool, ids > 0) if ids.any() else float("nan")
+
+        return {"on instances": on_instances}
+
+    def _beyond_the_mean(self, stored: Sequence[np.ndarray]):
         mean = np.mean([np.asarray(one, np.float64) for one in stored], axis=0)
 
-        def measure(wanted, image, tool=None) -> float:
+        def measure(wanted, image, tool=None, where=np.s_[:]) -> float:
             found = self.extract(np.asarray(image)[None], tool=tool)[0]
             found = fit_map(found.astype(np.float64), mean.shape, "area")
-            return spearman(np.asarray(wanted, np.float64) - mean, found - mean)
+            return spearman((np.asarray(wanted, np.float64) - mean)[where], (found - mean)[where])
 
         return measure
 

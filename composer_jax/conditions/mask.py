@@ -103,15 +103,15 @@ class Mask(Condition):
         difference = np.abs(image[kept].astype(np.float64) - wanted["image"][kept])
         return float(1.0 - difference.mean() / 255.0)
 
-    def beside(self, stored):
+    def beside(self, rows):
         """The seam: how much larger the mean step between pixels on either side of the hole's
         border is than in the image it was cut from, in grey levels; 0 is perfect."""
-        del stored
+        del rows
 
-        def seam(wanted, image, tool=None) -> float:
+        def seam(row, image, tool=None) -> float:
             del tool
             image = load_image(image)
-            wanted = self.fit(wanted, image.shape[:2])
+            wanted = self.fit(row[self.name], image.shape[:2])
             keep = wanted["keep"] > 127
             steps = [_border_steps(one, keep) for one in (image, wanted["image"])]
             return float(steps[0] - steps[1])

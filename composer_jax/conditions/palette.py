@@ -175,17 +175,17 @@ class Palette(Condition):
         found = self._histogram(load_image(image))
         return float(np.minimum(np.asarray(wanted, np.float32), found).sum())
 
-    def beside(self, stored):
+    def beside(self, rows):
         """How far colour has to be moved, in units of CIELab: the mean over L, a and b of the
         Wasserstein distances of the unsmoothed histograms along each axis; 0 is perfect."""
-        del stored
+        del rows
 
-        def wasserstein(wanted, image, tool=None) -> float:
+        def wasserstein(row, image, tool=None) -> float:
             from scipy.stats import wasserstein_distance
 
             del tool
             found = self._histogram(load_image(image))
-            away = [wasserstein_distance(axis, axis, wanted, found) for axis in self.lab.T]
+            away = [wasserstein_distance(axis, axis, row[self.name], found) for axis in self.lab.T]
             return float(np.mean(away))
 
         return {"Lab Wasserstein": wasserstein}

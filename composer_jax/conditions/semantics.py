@@ -62,13 +62,13 @@ class Semantics(Condition):
         """The cosine between the wanted embedding and the image's, in [-1, 1]."""
         return float(np.dot(wanted, _needed(tool).image(np.asarray(image)[None])[0]))
 
-    def beside(self, stored):
+    def beside(self, rows):
         """Retrieval: 1 where the image is nearer to the wanted embedding than to 99 others'."""
-        others = np.stack([np.asarray(one, np.float32) for one in stored])
+        others = np.stack([np.asarray(row[self.name], np.float32) for row in rows])
 
-        def top1(wanted, image, tool=None) -> float:
+        def top1(row, image, tool=None) -> float:
             found = _needed(tool).image(np.asarray(image)[None])[0]
-            wanted = np.asarray(wanted, np.float32)
+            wanted = np.asarray(row[self.name], np.float32)
             cosines = (others @ found)[np.any(others != wanted[None], axis=1)][: WAYS - 1]
             return float(np.dot(wanted, found) > cosines.max(initial=-1.0))
 

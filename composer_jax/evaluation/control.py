@@ -180,8 +180,8 @@ def measure_control(
     rows["permuted"] = [np.roll(seed, -1, axis=0) for seed in rows["sample"]]
     judge, tool = condition.judge(wanted), tool_of(name, tools)
 
-    def scores(function: Callable, seed: np.ndarray, offset: int = 0) -> np.ndarray:
-        asked = [*wanted[offset % len(wanted) :], *wanted[: offset % len(wanted)]]
+    def scores(function: Callable, seed: np.ndarray, offset: int = 0, of=wanted) -> np.ndarray:
+        asked = [*of[offset % len(of) :], *of[: offset % len(of)]]
         pairs = zip(asked, seed, strict=True)
         return np.array([function(one, image, tool) for one, image in pairs])
 
@@ -228,10 +228,10 @@ def measure_control(
             shares = (excess("sample", drawn) - low) / (excess("oracle", drawn) - low)
         interval = tuple(float(n) for n in np.nanpercentile(shares, [2.5, 97.5]))
     beside = {}
-    for title, function in condition.beside(wanted).items():
-        if np.isfinite(scores(function, rows["oracle"][0])).any():  # the tool can tell
+    for title, function in condition.beside(stored).items():
+        if np.isfinite(scores(function, rows["oracle"][0], of=stored)).any():  # the tool can tell
             beside[title] = {
-                kind: float(np.nanmean([scores(function, seed) for seed in seeds]))
+                kind: float(np.nanmean([scores(function, seed, of=stored) for seed in seeds]))
                 for kind, seeds in rows.items()
                 if kind in (*KNOWN, "image")
             }

@@ -155,8 +155,6 @@ def load_model(where: str | Path | None = None, dtype=None) -> Model:
     if not (folder / "model.json").is_file() and (folder / "model" / "model.json").is_file():
         folder = folder / "model"
     if not (folder / "model.json").is_file():
-        if where is None:
-            raise ValueError("no model is bundled yet; train one and give its folder as the model")
         reason = "does not exist" if not folder.exists() else "has no model.json"
         raise ValueError(f"{folder} {reason}; a model directory or training workdir is wanted")
     info = read_json(folder / "model.json")

@@ -150,6 +150,21 @@ def test_what_all_scenes_share_earns_nothing():
     assert score(judge, stored) > 0.99
 
 
+def test_beside_it_stands_the_correlation_on_instances_alone():
+    random = np.random.default_rng(2)
+    stored, ids = random.integers(0, 65535, (4, 8, 9)), np.zeros((8, 9), np.uint8)
+    ids[2:6, 3:7] = 1
+    rows = [{"depth": one.astype(np.uint16), "instances": {"ids": ids}} for one in stored]
+    (measure,) = DEPTH.beside(rows).values()
+    seen = np.where(ids > 0, stored[1], random.integers(0, 65535, (8, 9)))
+    seen.flat[:2] = 0, 65535  # so that stretching to the full range changes nothing
+    image, tool = images(1, 8, 9)[0], lambda batch: seen[None]
+    assert measure(rows[1], image, tool) == pytest.approx(1.0, abs=1e-3)
+    assert DEPTH.judge(stored)(stored[1], image, tool) < 0.8
+    assert np.isnan(measure({"depth": stored[1]}, image, tool))
+    assert np.isnan(measure(rows[1] | {"instances": {"ids": 0 * ids}}, image, tool))
+
+
 def test_measure_is_spearmans_correlation():
     random = np.random.default_rng(1)
     wanted = DEPTH.parse(random.random((8, 9)))

@@ -124,7 +124,7 @@ def test_only_what_the_pattern_finds_is_trained(sd, tmp_path):
     ("override", "message"),
     [
         ("model.unet.heads=(4,4)", r"model\.unet\.heads is \[4, 4\]"),
-        ("model.local_channels=8", r"model\.unet\.in_channels is 22; .* asks for 14"),
+        ("model.local_channels=8", r"model\.unet\.in_channels is 38; .* asks for 14"),
         ("process.prediction=v", r"process\.prediction is 'v'; .* was trained with 'eps'"),
         ("trainable=unett", "trainable 'unett' finds no parameter"),
         ("init_from=nowhere", "unet nowhere: no such directory"),
