@@ -36,7 +36,7 @@ def test_stable_diffusions_shape(name, count):
 @partial(jax.jit, static_argnums=0)
 def evaluate(graph, state, context, bias):
     unet = nnx.merge(graph, state)
-    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 22))
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 38))
     timesteps = jnp.array([3.0, 800.0])
     once = unet(x, timesteps, unet.project_context(context), bias)
     return once, unet(x, timesteps, context, bias)

@@ -205,7 +205,7 @@ def test_more_than_most_is_told_by_the_line_and_not_compiled(most):
 @pytest.fixture(scope="module")
 def gradients():
     """By remat: gradients of a small UNet, and the bytes kept from its forward pass for them."""
-    x = jax.random.normal(jax.random.key(1), (1, 32, 32, 22))
+    x = jax.random.normal(jax.random.key(1), (1, 32, 32, 38))
     context = jax.random.normal(jax.random.key(2), (1, 24, 128))
     found = {}
     for remat in REMAT:
