@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -156,8 +157,7 @@ def measure_each(
 
     Raises ValueError where the measure wants a tool that `tools` lacks.
     """
-    judge, tool = conditions.get(name).judge(wanted), tool_of(name, tools)
-    return np.array([judge(one, image, tool) for one, image in zip(wanted, images, strict=True)])
+    return _scores(conditions.get(name).judge(wanted), wanted, images, tool_of(name, tools))
 
 
 def measure_control(
@@ -178,31 +178,14 @@ def measure_control(
     spatial = any(part.kind == "spatial" for part in condition.parts.values())
     rows = {kind: list(seeds) for kind, seeds in images.items() if spatial or kind != "shifted"}
     rows["permuted"] = [np.roll(seed, -1, axis=0) for seed in rows["sample"]]
-    judge, tool = condition.judge(wanted), tool_of(name, tools)
-
-    def scores(function: Callable, seed: np.ndarray, offset: int = 0, of=wanted) -> np.ndarray:
-        asked = [*of[offset % len(of) :], *of[: offset % len(of)]]
-        pairs = zip(asked, seed, strict=True)
-        return np.array([function(one, image, tool) for one, image in pairs])
-
-    def chances(seed: np.ndarray) -> list[np.ndarray]:
-        """By other examples' conditions, and rolled in each way: [N] each."""
-        offsets = [k for k in OTHERS if k % len(wanted)] or [1]
-        found = [np.mean([scores(judge, seed, k) for k in offsets], axis=0)]
-        if spatial:
-            halves = [side // 2 for side in seed.shape[1:3]]
-            rolled = [np.roll(seed, np.multiply(roll, halves), axis=(1, 2)) for roll in ROLLS]
-            found += [scores(judge, one) for one in rolled]
-        return found
-
-    raw = {kind: np.mean([scores(judge, s) for s in seeds], axis=0) for kind, seeds in rows.items()}
+    judge = partial(_scores, condition.judge(wanted), tool=tool_of(name, tools))
+    raw = {k: np.mean([judge(wanted, s) for s in seeds], axis=0) for k, seeds in rows.items()}
+    chance = {k: _chances(judge, wanted, seeds[0], spatial) for k, seeds in rows.items()}
     valid = np.all(np.isfinite(list(raw.values())), axis=0)
-    chance = {kind: np.array(chances(seeds[0])) for kind, seeds in rows.items()}
-    left_out = int(np.count_nonzero(~valid))
+    left_out, first = int(np.count_nonzero(~valid)), judge(wanted, rows["sample"][0])
     if not valid.any():
         nothing = Row(float("nan"), float("nan"), None)
-        return Control(dict.fromkeys(rows, nothing), None, left_out, raw["sample"])
-    first = scores(judge, rows["sample"][0])
+        return Control(dict.fromkeys(rows, nothing), None, left_out, first)
 
     def excess(kind: str, index=valid) -> np.ndarray:
         """Over the largest chance; `index` picks examples, [N] or, for the bootstrap, [R, N]."""
@@ -215,24 +198,54 @@ def measure_control(
 
     def row(kind: str) -> Row:
         over = float(excess(kind))
-        share = float((over - floor) / (oracle - floor)) if enough else None
-        return Row(score[kind], over, share)
+        return Row(score[kind], over, float((over - floor) / (oracle - floor)) if enough else None)
 
-    drawn = np.flatnonzero(valid)[
-        np.random.default_rng(0).integers(valid.sum(), size=(2000, valid.sum()))
-    ]
-    interval = None
-    if enough:
-        with np.errstate(divide="ignore", invalid="ignore"):  # a draw may leave no room
-            low = excess("floor", drawn)
-            shares = (excess("sample", drawn) - low) / (excess("oracle", drawn) - low)
-        interval = tuple(float(n) for n in np.nanpercentile(shares, [2.5, 97.5]))
-    beside = {}
-    for title, function in condition.beside(stored).items():
-        if np.isfinite(scores(function, rows["oracle"][0], of=stored)).any():  # the tool can tell
-            beside[title] = {
-                kind: float(np.nanmean([scores(function, seed, of=stored) for seed in seeds]))
+    found = {kind: row(kind) for kind in rows}
+    interval = _interval(excess, np.flatnonzero(valid)) if enough else None
+    return Control(found, interval, left_out, first, _beside(name, stored, rows, tools))
+
+
+def _scores(function: Callable, asked: Sequence[Any], images: np.ndarray, tool: Any) -> np.ndarray:
+    return np.array([function(one, i, tool) for one, i in zip(asked, images, strict=True)])
+
+
+def _chances(
+    judge: Callable, wanted: Sequence[Any], images: np.ndarray, spatial: bool
+) -> np.ndarray:
+    """Scores by others' conditions and, of maps, by the images rolled in each way: [ways, N]."""
+    offsets = [k for k in OTHERS if k % len(wanted)] or [1]
+    others = [[*wanted[k % len(wanted) :], *wanted[: k % len(wanted)]] for k in offsets]
+    found = [np.mean([judge(asked, images) for asked in others], axis=0)]
+    if spatial:
+        halves = [side // 2 for side in images.shape[1:3]]
+        rolled = [np.roll(images, np.multiply(roll, halves), axis=(1, 2)) for roll in ROLLS]
+        found += [judge(wanted, one) for one in rolled]
+    return np.array(found)
+
+
+def _interval(excess: Callable, valid: np.ndarray) -> tuple[float, float]:
+    """A bootstrap 95 % interval of the sample's normalised excess; `valid` indexes examples."""
+    drawn = valid[np.random.default_rng(0).integers(len(valid), size=(2000, len(valid)))]
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw may leave no room
+        floor = excess("floor", drawn)
+        shares = (excess("sample", drawn) - floor) / (excess("oracle", drawn) - floor)
+    low, high = np.nanpercentile(shares, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _beside(
+    name: str,
+    stored: Sequence[Mapping[str, Any]],
+    rows: Mapping[str, Sequence[np.ndarray]],
+    tools: Mapping[str, Any],
+) -> dict[str, dict[str, float]]:
+    """The condition's further measures, as far as its tool can tell them."""
+    found, tool = {}, tool_of(name, tools)
+    for title, function in conditions.get(name).beside(stored).items():
+        if np.isfinite(_scores(function, stored, rows["oracle"][0], tool)).any():
+            found[title] = {
+                kind: float(np.nanmean([_scores(function, stored, s, tool) for s in seeds]))
                 for kind, seeds in rows.items()
                 if kind in (*KNOWN, "image")
             }
-    return Control({kind: row(kind) for kind in rows}, interval, left_out, first, beside)
+    return found
