@@ -84,15 +84,7 @@ def run(args: argparse.Namespace) -> None:
     world = args.source.partition(":")[0] == "scenes"
     judges = tools | (scenes_judges() if world else {})
     measured, reasons = _measurable(examples, judges)
-    settings = {
-        "model": describe_model(pipe.model),
-        "source": args.source,
-        "source seed": args.source_seed,
-        "first seed": args.seed,
-        "size": pipe.size,
-        "dtype": str(jnp.dtype(pipe.model.composer.dtype)),
-        **asdict(pipe.defaults.but(**options)),
-    }
+    settings = _settings(args, pipe, options)
     load = _sample(args, pipe, examples, wanted, Samples(args.out, settings), options)
     through = reconstruct(pipe.model.vae, examples.images)
     controls, together = _measure_alone(examples, measured, load, through, judges)
@@ -118,12 +110,7 @@ def run(args: argparse.Namespace) -> None:
         "quality": good,
     }
     write_json(args.out / "control.json", result)
-    report = Report("Control, measured", ", ".join(f"{k} {v}" for k, v in settings.items()))
-    report.text(", ".join(f"{number} {what}" for what, number in numbers.items()))
-    page.control_section(report, controls, reasons)
-    page.together_section(report, together)
-    page.composition_section(report, tuple(controls), composition)
-    page.quality_section(report, good)
+    report = _report(settings | numbers, controls, together, composition, reasons, good)
     _pictures(report, examples, controls, load, judges)
     (args.out / "report.html").write_text(report.html())
     _print(controls, together, composition, reasons, good)
@@ -141,6 +128,21 @@ def _checked(args: argparse.Namespace) -> list[str]:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}; at least {least} is wanted")
     return wanted
+
+
+def _settings(
+    args: argparse.Namespace, pipe: Pipeline, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What samples depend on: other settings are other samples."""
+    return {
+        "model": describe_model(pipe.model),
+        "source": args.source,
+        "source seed": args.source_seed,
+        "first seed": args.seed,
+        "size": pipe.size,
+        "dtype": str(jnp.dtype(pipe.model.composer.dtype)),
+        **asdict(pipe.defaults.but(**options)),
+    }
 
 
 def _sample(
@@ -249,6 +251,23 @@ def _quality(
         for name, seeds in {"real": [examples.images], **sets}.items():
             table[name]["certainty of shapes"] = judges["reader"].certainty(np.concatenate(seeds))
     return table
+
+
+def _report(
+    settings: Mapping[str, Any],
+    controls: Mapping[str, Control],
+    together: Mapping[str, float | None],
+    composition: Composition,
+    reasons: Mapping[str, str],
+    good: Mapping[str, Mapping[str, float]],
+) -> Report:
+    """All but the pictures."""
+    report = Report("Control, measured", ", ".join(f"{k} {v}" for k, v in settings.items()))
+    page.control_section(report, controls, reasons)
+    page.together_section(report, together)
+    page.composition_section(report, tuple(controls), composition)
+    page.quality_section(report, good)
+    return report
 
 
 def _plain(control: Control) -> dict[str, Any]:
