@@ -145,18 +145,22 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def find_model(where: str | Path) -> Path | None:
+    """The folder of "bundled", of a model directory or of a training workdir; None for others."""
+    folder = BUNDLED if str(where) == "bundled" else Path(where)
+    return next((at for at in (folder, folder / "model") if (at / "model.json").is_file()), None)
+
+
 def load_model(where: str | Path | None = None, dtype=None) -> Model:
     """Reads a model directory or a training workdir; without `where` the bundled model.
 
     `dtype`: what networks are held and compute in, by default `default_dtype()`.
     Raises ValueError, one line, where there is none or a part of it is missing or mis-shaped.
     """
-    folder = BUNDLED if where is None else Path(where)
-    if not (folder / "model.json").is_file() and (folder / "model" / "model.json").is_file():
-        folder = folder / "model"
-    if not (folder / "model.json").is_file():
-        reason = "does not exist" if not folder.exists() else "has no model.json"
-        raise ValueError(f"{folder} {reason}; a model directory or training workdir is wanted")
+    folder = find_model("bundled" if where is None else where)
+    if folder is None:
+        reason = "has no model.json" if Path(where).exists() else "does not exist"
+        raise ValueError(f"{where} {reason}; a model directory or training workdir is wanted")
     info = read_json(folder / "model.json")
     if info.get("format") != FORMAT:
         raise ValueError(f"{folder}: format {info.get('format')}; this version reads {FORMAT}")

@@ -20,8 +20,9 @@ from composer_jax.models.files import Tensor
 from composer_jax.models.pretrained import open_unet
 from composer_jax.models.unet import UNetConfig
 from composer_jax.models.vae import VAEConfig
+from composer_jax.storage.models import find_model
 from composer_jax.training.step import Loss
-from composer_jax.training.warm_start import around
+from composer_jax.training.warm_start import around, going_on
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ def make_recipe(
         factor=codec.factor,
         **{key: value for key, value in config.model.items() if key != "unet"},
     )
-    start = _start(config, composer_config, process)
+    start, fresh = _start(config, composer_config, process)
     dtype = jnp.dtype(config.dtype)
 
     def create() -> Composer:
         options = {"remat": config.get("remat", "none"), "dtype": dtype}
         composer = Composer(composer_config, absent, **options, rngs=Keys(config.seed))
-        for name in names if start else ():
+        for name in fresh:
             silence(composer, name)
         return composer
 
@@ -86,20 +87,26 @@ def make_recipe(
     return Recipe(composer_config, process, init, loss, composer_of, start)
 
 
-def _start(config, composer_config: ComposerConfig, process: Process) -> dict[str, Tensor]:
-    """The weights that `config.init_from` names, {} for none; raises ValueError where it and the
-    config ask for different things."""
+def _start(
+    config, composer_config: ComposerConfig, process: Process
+) -> tuple[dict[str, Tensor], Sequence[str]]:
+    """The weights that `config.init_from` names, {} for none, and the conditions that they do not
+    know, which start silent. Raises ValueError where it and the config ask for different things."""
     if not config.init_from:
-        return {}
-    unet = open_unet(config.init_from)
-    Process.from_dict(unet.process)  # what is no process is said here
-    for key, value in unet.process.items():
+        return {}, ()
+    if folder := find_model(config.init_from):
+        tensors, trained, known = going_on(folder, composer_config)
+    else:
+        unet = open_unet(config.init_from)
+        tensors, trained, known = around(unet, composer_config), unet.process, ()
+    Process.from_dict(trained)  # what is no process is said here
+    for key, value in trained.items():
         if process.to_dict()[key] != value:
             raise ValueError(
                 f"process.{key} is {process.to_dict()[key]!r}; {config.init_from} was trained with "
                 f"{value!r}"
             )
-    return around(unet, composer_config)
+    return tensors, [name for name in composer_config.conditions if name not in known]
 
 
 def composer_loss(

@@ -1,19 +1,23 @@
-"""A composer built around a trained UNet: with only a caption given it is that UNet.
+"""Where training starts from: a trained composer, or a trained UNet that one is built around.
 
-`conv_in` grows input channels of zeros for local conditions, the new projections into timestep
-embedding and tokens start at zero, and the tokens of absent conditions are masked.
+With only a caption given, a composer around a UNet is that UNet: `conv_in` grows input channels of
+zeros for local conditions, the new projections into timestep embedding and tokens start at zero,
+and the tokens of absent conditions are masked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from composer_jax.models.composer import ComposerConfig
-from composer_jax.models.files import Tensor
+from composer_jax.models.files import Tensor, open_tensors, read_json
 from composer_jax.models.pretrained import Pretrained
 from composer_jax.training.sharding import dotted
 from composer_jax.training.state import TrainState
@@ -50,6 +54,31 @@ def around(unet: Pretrained, config: ComposerConfig) -> dict[str, Tensor]:
         return padded.reshape(*array.shape[:2], -1, array.shape[3])
 
     return {**tensors, "unet.conv_in.kernel": kernel.apply(grown)}
+
+
+def going_on(
+    folder: Path, config: ComposerConfig
+) -> tuple[dict[str, Tensor], dict[str, Any], Sequence[str]]:
+    """A trained composer's tensors, unread, its process, and the conditions that it knows.
+
+    `folder`: a model directory. Conditions that `config` does not have are left out. Raises
+    ValueError where the two differ in anything else but how much context there may be.
+    """
+    info = read_json(folder / "model.json")
+    trained, known = dict(info["composer"]), info["composer"]["conditions"]
+    trained = {**trained.pop("unet"), **trained}
+    asked = config.to_dict()
+    asked = {**asked.pop("unet"), **asked}
+    for key in sorted(asked.keys() - {"conditions", "context_length"}):
+        if trained.get(key) != asked[key]:
+            raise ValueError(f"{key} is {asked[key]}; {folder} was trained with {trained.get(key)}")
+    gone = tuple(f"{name}_" for name in known if name not in config.conditions)
+    tensors = {
+        name: tensor
+        for name, tensor in open_tensors(folder / "unet.safetensors").items()
+        if not name.startswith("absent.") and not name.split(".")[1].startswith(gone)
+    }
+    return tensors, info["process"], known
 
 
 def start_from(state: TrainState, tensors: dict[str, Tensor]) -> TrainState:

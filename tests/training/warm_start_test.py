@@ -15,7 +15,7 @@ from composer_jax.cli import main
 from composer_jax.commands.train import train
 from composer_jax.models.blocks import Keys
 from composer_jax.models.composer import Composer, ComposerConfig, silence
-from composer_jax.models.files import module_tensors
+from composer_jax.models.files import module_tensors, open_tensors
 from composer_jax.models.pretrained import open_unet
 from composer_jax.models.unet import UNet, UNetConfig
 from composer_jax.training.config import load_config
@@ -124,7 +124,7 @@ def test_only_what_the_pattern_finds_is_trained(sd, tmp_path):
     ("override", "message"),
     [
         ("model.unet.heads=(4,4)", r"model\.unet\.heads is \[4, 4\]"),
-        ("model.local_channels=8", r"model\.unet\.in_channels is 38; .* asks for 14"),
+        ("model.local_channels=8", r"model\.unet\.in_channels is 22; .* asks for 14"),
         ("process.prediction=v", r"process\.prediction is 'v'; .* was trained with 'eps'"),
         ("trainable=unett", "trainable 'unett' finds no parameter"),
         ("init_from=nowhere", "unet nowhere: no such directory"),
@@ -134,3 +134,34 @@ def test_a_start_that_does_not_fit_is_named(sd, tmp_path, override, message):
     overrides = [f"init_from={sd}", override]
     with pytest.raises(ValueError, match=message):
         train(load_config("sd15_composer:smoke", overrides), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def composer(tmp_path_factory):
+    """A composer of a few steps."""
+    folder = tmp_path_factory.mktemp("composer")
+    train(load_config("scenes64:smoke", ["steps=2", "sample_every=0"]), folder)
+    return folder
+
+
+def test_a_composer_goes_on_from_another_with_fewer_conditions_and_more(composer, tmp_path):
+    still = ["steps=1", "sample_every=0", "optimizer.learning_rate=0.0"]
+    fewer = [*still, f"init_from={composer}", "conditions=('sketch','caption')"]
+    train(load_config("scenes64:smoke", fewer), tmp_path / "a")
+    before = open_tensors(composer / "model" / "unet.safetensors")
+    after = open_tensors(tmp_path / "a" / "model" / "unet.safetensors")
+    assert {name for name in before if "sketch_map" in name} < after.keys() < before.keys()
+    for name, tensor in after.items():
+        np.testing.assert_allclose(tensor.read(), before[name].read(), rtol=1e-6, err_msg=name)
+
+    train(load_config("scenes64:smoke", [*still, f"init_from={tmp_path / 'a'}"]), tmp_path / "b")
+    more = open_tensors(tmp_path / "b" / "model" / "unet.safetensors")
+    assert more.keys() == before.keys()
+    assert not more["embeddings.palette_vector.linear_2.kernel"].read().any()  # new, silent
+    assert more["embeddings.caption_vector.linear_2.kernel"].read().any()
+
+
+def test_a_composer_of_another_size_is_no_start(composer, tmp_path):
+    overrides = [f"init_from={composer}", "model.stem_width=24"]
+    with pytest.raises(ValueError, match=r"stem_width is 24; .* was trained with 48"):
+        train(load_config("scenes64:smoke", overrides), tmp_path)
