@@ -47,8 +47,9 @@ def get_config(variant: str = "") -> ConfigDict:
         min_snr=None,
         density="logit-normal",  # of training times, or "uniform"
     )
-    config.keep = 0.3  # a condition's chance in training; its own where None
-    config.drop_all = 0.1
+    config.keep = 0.4  # a condition's chance in training; its own where None
+    config.keep_maps = 0.15  # of one that is a map: one of five leaves the others little to say
+    config.drop_all = 0.05
     config.keep_all = 0.1
     config.optimizer.update(
         learning_rate=1e-3, warmup=200, decay=0.4, weight_decay=0.0, clip=1.0, betas=(0.9, 0.99)

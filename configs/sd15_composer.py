@@ -55,6 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.process = dict(prediction="eps", schedule="sd", zero_terminal_snr=False, min_snr=None)
     config.keep = None  # a condition's chance in training; its own where None
+    config.keep_maps = None  # of one that is a map, where it differs
     config.drop_all = 0.1
     config.keep_all = 0.1
     config.optimizer.update(

@@ -70,11 +70,7 @@ def make_recipe(
 
     graph = nnx.graphdef(nnx.eval_shape(create))
     constants = jax.device_get(jax.jit(lambda: nnx.state(create(), Constant))())
-    chances = [conditions.get(name).keep_probability for name in names]
-    one = config.get("keep")
-    if one is not None and not 0.0 <= one <= 1.0:
-        raise ValueError(f"config key keep is {one}; a number from 0 to 1, or None, is wanted")
-    keep = np.asarray(chances if one is None else [one] * len(names), np.float32)
+    keep = np.asarray([chance_of(config, name) for name in names], np.float32)
     draw = partial(draw_presence, keep=keep, drop_all=config.drop_all, keep_all=config.keep_all)
 
     def composer_of(params) -> Composer:
@@ -85,6 +81,19 @@ def make_recipe(
 
     init = lambda: nnx.state(create(), nnx.Param)  # noqa: E731
     return Recipe(composer_config, process, init, loss, composer_of, start)
+
+
+def chance_of(config, name: str) -> float:
+    """How often a condition is given in training: `keep_maps` of a map, `keep`, or its own."""
+    condition = conditions.get(name)
+    spatial = any(part.kind == "spatial" for part in condition.parts.values())
+    chance = condition.keep_probability
+    for key in ("keep", "keep_maps") if spatial else ("keep",):
+        if (asked := config.get(key)) is not None:
+            if not 0.0 <= asked <= 1.0:
+                raise ValueError(f"{key} is {asked}; a number from 0 to 1, or None, is wanted")
+            chance = asked
+    return chance
 
 
 def _start(

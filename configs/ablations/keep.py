@@ -4,4 +4,9 @@ from composer_jax.configs.ablations import sweep
 
 
 def get_sweep() -> dict:
-    return sweep({f"keep {chance}": [f"keep={chance}"] for chance in (0.1, 0.3, 0.5, 0.7)})
+    return sweep(
+        {
+            f"keep {chance}": [f"keep={chance}", f"keep_maps={chance}"]
+            for chance in (0.1, 0.3, 0.5, 0.7)
+        }
+    )

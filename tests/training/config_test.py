@@ -7,6 +7,7 @@ import composer_jax.configs as configs
 import pytest
 
 from composer_jax.models.unet import UNetConfig
+from composer_jax.training.composer import chance_of
 from composer_jax.training.config import keep_config, load_config
 
 
@@ -82,3 +83,14 @@ def test_a_run_begun_before_a_key_was_there_goes_on(tmp_path):
     with pytest.raises(ValueError, match=r"optimizer\.mu_dtype = 'float32', the config says"):
         keep_config(load_config("scenes64:smoke", ["optimizer.mu_dtype=bfloat16"]), tmp_path)
     keep_config(load_config("scenes64:smoke"), tmp_path)
+
+
+def test_maps_may_be_kept_less_often_than_the_rest():
+    chances = lambda *overrides: [  # noqa: E731
+        chance_of(load_config("scenes64", overrides), name) for name in ("caption", "sketch")
+    ]
+    assert chances("keep=0.5", "keep_maps=0.25") == [0.5, 0.25]
+    own = load_config("sd15_composer:smoke")
+    assert [chance_of(own, name) for name in ("caption", "sketch", "intensity")] == [0.5, 0.5, 0.3]
+    with pytest.raises(ValueError, match="keep_maps is 1.5; a number from 0 to 1, or None"):
+        chances("keep_maps=1.5")
