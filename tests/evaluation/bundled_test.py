@@ -34,12 +34,11 @@ def test_it_weighs_no_more_than_it_may():
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 40e6
 
 
-@pytest.mark.parametrize(
-    ("name", "least"), [("caption", 0.7), ("intensity", 0.8), ("palette", 0.5), ("sketch", 0.6)]
-)
-def test_one_condition_alone_is_obeyed(measured, name, least):
+@pytest.mark.parametrize(("name", "least"), [("depth", 0.8), ("intensity", 0.8), ("sketch", 0.6)])
+def test_a_map_alone_is_obeyed(measured, name, least):
     assert measured(name, (name,)) > max(least, measured(name, ()) + 0.2)
 
 
 def test_everything_given_comes_back(measured):
-    assert measured("intensity") > 0.9
+    for name, least in (("caption", 0.7), ("intensity", 0.9), ("palette", 0.6)):
+        assert measured(name) > max(least, measured(name, ()) + 0.2), name
