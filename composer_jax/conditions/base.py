@@ -125,6 +125,11 @@ class Condition(abc.ABC):
         del stored
         return self.measure
 
+    @property
+    def spatial(self) -> bool:
+        """Whether a part of it is a map."""
+        return any(part.kind == "spatial" for part in self.parts.values())
+
     def beside(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[..., float]]:
         """Further measures by name, of any range, printed beside `judge`'s: functions of a row,
         an image and the tool. `rows`: all that is stored of each example, by condition."""

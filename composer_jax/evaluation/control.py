@@ -175,7 +175,7 @@ def measure_control(
     i + 1's. Raises ValueError where the measure wants a tool that `tools` lacks.
     """
     condition, wanted = conditions.get(name), [row[name] for row in stored]
-    spatial = any(part.kind == "spatial" for part in condition.parts.values())
+    spatial = condition.spatial
     rows = {kind: list(seeds) for kind, seeds in images.items() if spatial or kind != "shifted"}
     rows["permuted"] = [np.roll(seed, -1, axis=0) for seed in rows["sample"]]
     judge = partial(_scores, condition.judge(wanted), tool=tool_of(name, tools))

@@ -49,8 +49,7 @@ def obedience(
 def _measured(name: str, use: Use, images: np.ndarray, tools: Mapping[str, Any]) -> Obedience:
     condition = conditions.get(name)
     tool = tools.get(condition.tool)
-    spatial = any(part.kind == "spatial" for part in condition.parts.values())
-    if use.region is not None and not spatial:
+    if use.region is not None and not condition.spatial:
         images = images[:, *_box(use.region, images.shape[1:3])]
     try:
         scores = np.array([condition.measure(use.value, image, tool) for image in images])

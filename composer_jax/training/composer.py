@@ -86,9 +86,8 @@ def make_recipe(
 def chance_of(config, name: str) -> float:
     """How often a condition is given in training: `keep_maps` of a map, `keep`, or its own."""
     condition = conditions.get(name)
-    spatial = any(part.kind == "spatial" for part in condition.parts.values())
     chance = condition.keep_probability
-    for key in ("keep", "keep_maps") if spatial else ("keep",):
+    for key in ("keep", "keep_maps") if condition.spatial else ("keep",):
         if (asked := config.get(key)) is not None:
             if not 0.0 <= asked <= 1.0:
                 raise ValueError(f"{key} is {asked}; a number from 0 to 1, or None, is wanted")

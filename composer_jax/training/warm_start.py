@@ -22,6 +22,9 @@ from composer_jax.models.pretrained import Pretrained
 from composer_jax.training.sharding import dotted
 from composer_jax.training.state import TrainState
 
+# of a process; the rest is how it is trained, which may change
+NETWORKS_OWN = ("prediction", "schedule", "zero_terminal_snr")
+
 
 def around(unet: Pretrained, config: ComposerConfig) -> dict[str, Tensor]:
     """The tensors of a composer that come from `unet`, by their names in the composer, unread.
@@ -59,7 +62,8 @@ def around(unet: Pretrained, config: ComposerConfig) -> dict[str, Tensor]:
 def going_on(
     folder: Path, config: ComposerConfig
 ) -> tuple[dict[str, Tensor], dict[str, Any], Sequence[str]]:
-    """A trained composer's tensors, unread, its process, and the conditions that it knows.
+    """A trained composer's tensors, unread, what of a process they are bound to, and the conditions
+    that they know.
 
     `folder`: a model directory. Conditions that `config` does not have are left out. Raises
     ValueError where the two differ in anything else but how much context there may be.
@@ -78,7 +82,8 @@ def going_on(
         for name, tensor in open_tensors(folder / "unet.safetensors").items()
         if not name.startswith("absent.") and not name.split(".")[1].startswith(gone)
     }
-    return tensors, info["process"], known
+    process = {key: info["process"][key] for key in NETWORKS_OWN if key in info["process"]}
+    return tensors, process, known
 
 
 def start_from(state: TrainState, tensors: dict[str, Tensor]) -> TrainState:

@@ -1,5 +1,7 @@
 """The composer that the package brings: it opens without a name, and obeys."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -21,9 +23,12 @@ def measured():
     batch, tools = source.batch(range(COUNT)), pipe.tools(pipe.names) | judges
     stored = extract_all(batch["image"], batch["given"], pipe.names, tools)
 
+    @cache
+    def sampled(kind):
+        return sample_each(pipe, stored, {name: Use(None) for name in kind}, steps=10)
+
     def measure(name, kind=None):
-        uses = {one: Use(None) for one in (pipe.names if kind is None else kind)}
-        images = sample_each(pipe, stored, uses, steps=10)
+        images = sampled(pipe.names if kind is None else kind)
         wanted = [row[name] for row in stored]
         return float(np.nanmean(measure_each(name, wanted, images, tools)))
 

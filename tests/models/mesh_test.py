@@ -28,7 +28,7 @@ def test_over_a_mesh_each_device_takes_its_own_examples_and_heads(biased):
 
 def test_a_gradient_lies_in_parts_where_a_mesh_splits_the_state():
     x = jax.random.normal(jax.random.key(0), (8, 16))
-    kernel = jax.random.normal(jax.random.key(1), (16, 12))
+    kernel = 0.1 * jax.random.normal(jax.random.key(1), (16, 12))  # sines of small angles
 
     def gradient(x, kernel):
         return jax.grad(lambda k: jnp.sum(jnp.sin(x @ scattered(k, axis=0))))(kernel)
@@ -38,6 +38,6 @@ def test_a_gradient_lies_in_parts_where_a_mesh_splits_the_state():
         with jax.set_mesh(mesh):
             found = jax.jit(gradient)(jax.device_put(x, batch_sharding(mesh)), kernel)
         assert found.sharding.shard_shape(found.shape) == (rows, 12)
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
     with jax.set_mesh(make_mesh(1, 8, 1)):  # 8 divides 16, not 12
         assert scattered(kernel, axis=1) is kernel
