@@ -1,9 +1,10 @@
 """Facts: captions are read as they were written, and only what is true is found."""
 
+import numpy as np
 import pytest
 
 from composer_jax.data.scenes import TEST_SEED, describe
-from composer_jax.evaluation.facts import FACTS, check, stated
+from composer_jax.evaluation.facts import FACTS, FactReader, check, stated
 from composer_jax.models.objects import Thing
 
 RED_CONE = Thing("cone", "red", "large", -0.5, 4.0)
@@ -63,3 +64,24 @@ def test_what_is_wrong_is_named(seen, missing):
 def test_relations(relation, holds):
     tally = check(stated(f"a red cone {relation} a blue ball"), [RED_CONE, BLUE_BALL])
     assert tally["relation", "found"] == holds
+
+
+def test_a_reader_looks_at_an_image_once():
+    looked = []
+
+    class Detector:
+        def look(self):
+            def look(images):
+                looked.append(images)
+                return [(None, [RED_CONE] if image.max() else []) for image in images]
+
+            return look
+
+    reader = FactReader(Detector())
+    black, white = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
+    assert reader.agreement("a red cone", white) == 1.0
+    assert reader.agreement("a red ball", white, ("colour",)) == 1.0
+    assert reader.agreement("a red ball", white, ("shape",)) == 0.0
+    assert reader.agreement("a red cone", black) == 0.0
+    assert len(looked) == 2
+    np.testing.assert_array_equal(looked[0][0], white)
