@@ -24,6 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
         learning_rate=1e-3, warmup=200, decay=0.5, weight_decay=0.05, clip=1.0, betas=(0.9, 0.98)
     )
     config.ema = 0.995
+    config.altered = 0  # false captions beside each true one: one word made another of its kind
     if variant == "smoke":
         config.source = "scenes:64"
         config.steps, config.batch, config.log_every = 4, 8, 2

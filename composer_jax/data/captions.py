@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +44,22 @@ def caption(objects: Sequence[dict], floor: str, sky: str, rng: np.random.Genera
     if rng.random() < 0.3:
         sentence += f" under a {sky} sky"
     return sentence
+
+
+def altered(text: str, kinds: Sequence[Sequence[str]], rng: np.random.Generator) -> str:
+    """The text with one word made another of its kind: near to it, and false of its image.
+
+    `kinds`: words that exclude each other. The text itself where it has none of them.
+    """
+    others = {word: [one for one in kind if one != word] for kind in kinds for word in kind}
+    longest_first = sorted(map(re.escape, others), key=len, reverse=True)
+    found = list(re.finditer(rf"\b(?:{'|'.join(longest_first)})\b", text))
+    if not found:
+        return text
+    match = found[rng.integers(len(found))]
+    word = str(rng.choice(others[match[0]]))
+    article = "an " if word[0] in "aeiou" else "a "
+    return re.sub(r"\ban? $", article, text[: match.start()]) + word + text[match.end() :]
 
 
 def _count(noun: str, things: Sequence[dict]) -> str:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from composer_jax.data.captions import caption
+from composer_jax.data.captions import NUMBERS, PLURALS, caption
 from composer_jax.data.raycast import HALF_HEIGHT, cast, field_of_view
 from composer_jax.data.sources import Source
 
@@ -49,6 +49,16 @@ SKIES = {
 SIZES = {"small": (0.48, 0.58), "large": (0.84, 1.02)}
 MATERIALS = ("matte", "shiny")
 KINDS = ("shape", "colour", "size")
+EXCLUSIVE = (  # words of captions of which one makes another false
+    SHAPES[1:],
+    tuple(PLURALS.get(shape, shape + "s") for shape in SHAPES[1:]),
+    tuple(COLOURS),
+    tuple(SIZES),
+    MATERIALS,
+    NUMBERS[2:],
+    ("left of", "right of"),
+    ("in front of", "behind"),
+)
 MOST = 4
 CHUNK = 16
 TEST_SEED = 1 << 20  # added to the seed for held-out scenes

@@ -162,8 +162,8 @@ class Clip:
         """The contrastive loss of a batch of pairs, to be called under `jax.jit`.
 
         `params` as `self.params`; `images` uint8 [B, h, w, 3] at the model's size; `ids` int32
-        [B, L] of `tokenize`. Returns what `contrastive_loss` does. Raises ValueError where the
-        images have another size.
+        [B + N, L] of `tokenize`, those of N false texts last. Returns what `contrastive_loss`
+        does. Raises ValueError where the images have another size.
         """
         if images.shape[1:] != (*self.preprocess.crop, 3):
             raise ValueError(
@@ -205,21 +205,23 @@ def _read_config(folder: Path) -> tuple[Any, CLIPConfig]:
 def contrastive_loss(image, text, logit_scale, ids) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Symmetric InfoNCE over a batch of pairs (arXiv 2103.00020, figure 3).
 
-    `image`, `text`: float32 [B, E], unit length; `logit_scale`: log of the inverse temperature;
-    `ids`: int32 [B, L]: pairs that share a text are not each other's negatives. Returns the mean
-    loss and {"accuracy": top-1, mean of both directions, "temperature"}.
+    `image` [B, E], `text` [B + N, E]: float32, unit length; the last N texts belong to no image
+    (arXiv 2210.01936); `logit_scale`: log of the inverse temperature; `ids`: int32 [B + N, L]:
+    pairs that share a text are not each other's negatives. Returns the mean loss and {"accuracy":
+    top-1, mean of both directions, "temperature"}.
     """
-    scale = jnp.minimum(jnp.exp(logit_scale), MAX_SCALE)
-    logits_BxB = scale * (image @ text.T)
-    same_BxB = jnp.all(ids[:, None] == ids[None, :], axis=-1)
-    itself_BxB = jnp.eye(len(ids), dtype=bool)
-    logits_BxB = jnp.where(same_BxB & ~itself_BxB, -jnp.inf, logits_BxB)
+    scale, count = jnp.minimum(jnp.exp(logit_scale), MAX_SCALE), len(image)
+    logits_BxT = scale * (image @ text.T)
+    same_BxT = jnp.all(ids[:count, None] == ids[None, :], axis=-1)
+    itself_BxT = jnp.eye(count, len(ids), dtype=bool)
+    logits_BxT = jnp.where(same_BxT & ~itself_BxT, -jnp.inf, logits_BxT)
 
     def one_way(logits):
         loss = -jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits, axis=-1)))
-        return loss, jnp.mean(jnp.argmax(logits, axis=-1) == jnp.arange(len(ids)))
+        return loss, jnp.mean(jnp.argmax(logits, axis=-1) == jnp.arange(count))
 
-    (to_text, hits_text), (to_image, hits_image) = one_way(logits_BxB), one_way(logits_BxB.T)
+    (to_text, hits_text) = one_way(logits_BxT)
+    (to_image, hits_image) = one_way(logits_BxT[:, :count].T)
     metrics = {"accuracy": (hits_text + hits_image) / 2, "temperature": 1.0 / scale}
     return (to_text + to_image) / 2, metrics
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,11 @@ import numpy as np
 from flax import nnx
 
 from composer_jax import conditions
+from composer_jax.data.captions import altered
 from composer_jax.data.extractors import load_extractors
 from composer_jax.data.pipeline import batches
 from composer_jax.data.prepare import prepare
-from composer_jax.data.scenes import Scenes
+from composer_jax.data.scenes import EXCLUSIVE, Scenes
 from composer_jax.data.sources import Source, open_source
 from composer_jax.data.stream import Caches, is_cache
 from composer_jax.models.blocks import Keys, abstract
@@ -176,7 +178,8 @@ def codec_task(config, source: Source | Caches, workdir: Path) -> Task:
 def clip_task(config, source: Source | Caches, workdir: Path) -> Task:
     """A small CLIP of its own vocabulary on image-caption pairs (arXiv 2103.00020).
 
-    Its loss compares all examples of a batch, which cannot be taken in parts.
+    Each caption comes with `config.altered` false ones (arXiv 2210.01936). Its loss compares all
+    examples of a batch, which cannot be taken in parts.
     """
     if config.accumulate > 1:
         raise ValueError("accumulate is 1 for task clip: its loss compares all of a batch")
@@ -190,14 +193,29 @@ def clip_task(config, source: Source | Caches, workdir: Path) -> Task:
         for text in source.batch(np.arange(start, min(start + 64, len(source))))["given"]["caption"]
     ]
     clip = small_clip(captions, image_size=source.size, seed=config.seed)
-    encoders = {"ids": lambda images, given: clip.tokenize(given["caption"])}
-    take = lambda tree: {key: tree[key] for key in ("image", "ids")}  # noqa: E731
-    made_by = {"seed": config.seed}
+
+    def false_ids(images, given) -> np.ndarray:
+        """int32 [B, N, L]; decided by the text alone."""
+        del images
+        texts = given["caption"]
+        rngs = [np.random.default_rng(zlib.crc32(text.encode())) for text in texts]
+        false = [
+            altered(text, EXCLUSIVE, rng)
+            for text, rng in zip(texts, rngs, strict=True)
+            for _ in range(config.altered)
+        ]
+        ids = clip.tokenize(false)
+        return ids.reshape(len(texts), config.altered, ids.shape[-1])
+
+    encoders = {"ids": lambda images, given: clip.tokenize(given["caption"]), "false": false_ids}
+    take = lambda tree: {key: tree[key] for key in ("image", "ids", "false")}  # noqa: E731
+    made_by = {"seed": config.seed, "altered": config.altered}
     data = _data(config, source, workdir, take, encoders=encoders, made_by=made_by)
 
     def loss(params, batch, keys):
         del keys
-        return clip.loss(params, batch["image"], batch["ids"])
+        false_NxL = batch["false"].reshape(-1, batch["ids"].shape[-1])
+        return clip.loss(params, batch["image"], jnp.concatenate([batch["ids"], false_NxL]))
 
     def export(params, step: int) -> None:
         del step

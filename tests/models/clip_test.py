@@ -206,6 +206,16 @@ def test_pairs_that_share_a_text_are_not_each_others_negatives():
     assert loss == 0.0 and metrics["accuracy"] == 1.0
 
 
+def test_false_texts_are_wrong_answers_for_every_image():
+    ids = np.arange(3)[:, None]
+    text = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # the third is taken for the first's
+    loss = contrastive_loss(np.eye(2), text, np.log(20.0), ids)[0]
+    alone = float(contrastive_loss(np.eye(2), text[:2], np.log(20.0), ids[:2])[0])
+    np.testing.assert_allclose(loss, alone + np.log(2.0) / 4, rtol=1e-5)
+    same = contrastive_loss(np.eye(2), text, np.log(20.0), ids[[0, 1, 0]])[0]
+    np.testing.assert_allclose(same, alone, rtol=1e-6)  # the first's own words are not false
+
+
 def test_training_pairs_images_with_their_captions(clip):
     batch, ids = images(4, seed=5), clip.tokenize(CAPTIONS)
     optimizer = optax.adam(1e-3)

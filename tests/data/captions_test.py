@@ -1,0 +1,30 @@
+"""Captions: what is made false stays a sentence, near to the true one."""
+
+import re
+
+import numpy as np
+
+from composer_jax.data.captions import altered
+from composer_jax.data.scenes import EXCLUSIVE, TEST_SEED, describe
+from composer_jax.evaluation.facts import stated
+
+
+def test_one_word_becomes_another_of_its_kind():
+    rng = np.random.default_rng(0)
+    for i in range(500):
+        text = describe(TEST_SEED, i)["caption"]
+        false = altered(text, EXCLUSIVE, rng)
+        assert false != text and len(stated(false).groups) == len(stated(text).groups)
+        for kind in EXCLUSIVE:  # no word of a kind came or went
+            either = rf"\b(?:{'|'.join(kind)})\b"
+            words = [len(re.findall(either, one)) for one in (text, false)]
+            assert words[0] == words[1], (text, false)
+
+
+def test_articles_follow_and_other_texts_stay():
+    kinds = (("orange", "red"),)
+    rng = np.random.default_rng(0)
+    assert altered("a red cone", kinds, rng) == "an orange cone"
+    assert altered("than an orange cone", kinds, rng) == "than a red cone"
+    assert altered("a photo of a cat", kinds, rng) == "a photo of a cat"
+    assert altered("", kinds, rng) == ""
