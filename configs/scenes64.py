@@ -25,10 +25,10 @@ first run on 48 held-out scenes of seed 5, after the third on 64 of them:
     3    2         .20  .92   .96  .97   .94  .97   .95  .94   .67  .75   .84  .92   .80  .90
 
 Captions alone are obeyed in colour (.67 of those stated) and size, hardly in shape, count and
-place, which the noise decides. In part the words are to blame: how many of each shape a caption names, a
-linear map finds in its mean token with R2 .38 after the CLIP's last layer and .69 after its first,
-which `clip_text.skip=2` takes. In the first run, with five maps kept by .3 each, one of them was
-there in 83 % of the examples and left the words little to say.
+place, which the noise decides. In part the words are to blame: how many of each shape a caption
+names, a linear map finds in its mean token with R2 .38 after the CLIP's last layer and .69 after
+its first, which `clip_text.skip=2` takes. In the first run, with five maps kept by .3 each, one of
+them was there in 83 % of the examples and left the words little to say.
 After 6 minutes, loss on held-out scenes: AdamW at batch 32 .572, Muon (3e-3, batch 64) .577.
 
 `:ablation` is what `configs/ablations/` vary.
