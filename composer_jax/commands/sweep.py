@@ -21,6 +21,7 @@ from composer_jax.models.files import read_json, write_json
 from composer_jax.training.config import load_config
 from composer_jax.training.sweep import Run, Sweep, load_sweep
 
+POOLS = "pools"  # in OUT: what sources are taken apart into, once for all runs
 # what the share of this process is told by is not for the runs, each of which is a job alone
 OURS = ("COMPOSER_PROCESS", "COMPOSER_PROCESSES")
 
@@ -118,6 +119,7 @@ def _run_all(sweep: Sweep, runs: list[Run], out: Path, jobs: int) -> None:
 def _run(sweep: Sweep, one: Run, folder: Path, children: set, stopping: threading.Event) -> str:
     """Trains, then measures, one run in processes of their own; returns why it failed, or ""."""
     learn = ["train", "--config", sweep.config, "--workdir", folder / TRAINED]
+    learn += [f"--config.pools={folder.parent / POOLS}"]
     learn += [f"--config.{word}" for word in one.overrides]
     measure = ["evaluate", "--model", folder / TRAINED, "--out", folder / MEASURED]
     folder.mkdir(parents=True, exist_ok=True)

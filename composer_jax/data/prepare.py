@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,21 +103,22 @@ def prepare(
     names: Sequence[str],
     tools: Mapping[str, Any],
     encoders: Encoders,
-    folder: Path,
+    pools: Path,
     made_by: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Takes a whole source apart, or opens what an earlier call with the same `made_by` left.
 
     Returns a dict of arrays with a leading axis of examples, mapped from disk: `image` uint8
     [N, H, W, 3], `stored` (a dict by condition, for the cached of `names`) and, for each of
-    `encoders` (name -> function of images and what the source knows), its result. Written to
-    `folder` in one move. Raises ValueError where a condition cannot be had or no image is left.
+    `encoders` (name -> function of images and what the source knows), its result. Written in one
+    move to a folder of its own in `pools`, which many runs may share. Raises ValueError where a
+    condition cannot be had or no image is left.
     """
-    key = json.dumps({"source": source.name, "count": len(source), "size": source.size,
+    key = json.dumps({"source": source.key, "count": len(source), "size": source.size,
                       "conditions": list(names), "encoders": sorted(encoders), **made_by},
                      sort_keys=True, default=str)  # fmt: skip
-    key_file = folder / "made_by.json"
-    if not (key_file.is_file() and key_file.read_text() == key):
+    folder = pools / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not folder.is_dir():
         _write(source, names, tools, encoders, folder, key)
     return _open(folder)
 
@@ -131,14 +133,17 @@ def _write(source, names, tools, encoders, folder: Path, key: str) -> None:
                 flat.append(dict(_flatten({**tree, "stored": stored})))
     if not flat:
         raise ValueError(f"{source.name}: no usable image")
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
+    new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.new")
     new.mkdir(parents=True)
     for path in flat[0]:
         np.save(new / f"{path}.npy", np.concatenate([chunk[path] for chunk in flat]))
     (new / "made_by.json").write_text(key)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except OSError:  # another run has just written the same
+        shutil.rmtree(new)
+        if not folder.is_dir():
+            raise
 
 
 def _flatten(tree: Mapping, prefix: str = ""):

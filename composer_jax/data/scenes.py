@@ -179,6 +179,11 @@ class Scenes(Source):
         self.name, self.size, self.count, self.split = f"scenes:{count}", size, count, split
         self.seed = seed + (TEST_SEED if split == "test" else 0)
 
+    @property
+    def key(self) -> str:
+        """Scenes of another seed are others."""
+        return f"{self.name} of seed {self.seed}"
+
     def __len__(self) -> int:
         return self.count
 

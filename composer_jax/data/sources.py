@@ -29,6 +29,11 @@ class Source(abc.ABC):
     name: str
     size: int
 
+    @property
+    def key(self) -> str:
+        """`name`, and whatever else decides what its images are: pools are kept apart by it."""
+        return self.name
+
     @abc.abstractmethod
     def __len__(self) -> int:
         """How many examples there are, unusable ones included."""
@@ -103,6 +108,13 @@ class Images(Source):
     def __init__(self, name: str, size: int, crop: Crop):
         self.name, self.size, self.crop = name, size, crop
         self.skipped: dict[str, str] = {}
+
+    @property
+    def key(self) -> str:
+        """A relative path is another elsewhere."""
+        kind, _, rest = self.name.partition(":")
+        where = rest if kind == "tfds" else os.path.abspath(rest)
+        return f"{kind}:{where} {self.crop}"
 
     @abc.abstractmethod
     def label(self, index: int) -> str:

@@ -23,6 +23,7 @@ RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
     "in front of": lambda a, b: a.distance < b.distance,
     "behind": lambda a, b: a.distance > b.distance,
 }
+REMEMBERED = 4096  # images whose objects a reader keeps
 _SINGULAR = {PLURALS.get(shape, shape + "s"): shape for shape in SHAPES[1:]}
 _COUNTS = {"a": 1, "an": 1, **{word: i for i, word in enumerate(NUMBERS) if i}}
 
@@ -98,14 +99,13 @@ def check(said: Stated, things: Sequence[Thing]) -> Counter:
 class FactReader:
     """A detector that tells how much of a caption is true; the tool that judges captions.
 
-    It looks at an image once, however many captions and kinds of facts are asked about: it
-    remembers what it saw in the last `remember` images.
+    It looks at an image once, however many captions and kinds of facts are asked about.
     """
 
-    def __init__(self, detector: ObjectDetector, remember: int = 4096):
+    def __init__(self, detector: ObjectDetector):
         self._look = detector.look()
 
-        @lru_cache(remember)
+        @lru_cache(REMEMBERED)
         def things(pixels: bytes, shape: tuple[int, ...]) -> list[Thing]:
             return self._look(np.frombuffer(pixels, np.uint8).reshape(1, *shape))[0][1]
 

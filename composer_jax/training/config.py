@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "sample_every",
     "held_out",
     "held_out_every",
+    "pools",
     "mesh",
     "sharding",
     "remat",
@@ -45,6 +46,7 @@ LEAST = {
     "snapshot_every": 1,
     "held_out_every": 1,
     "sample_every": 0,  # never
+    "altered": 0,
 }
 
 
@@ -77,6 +79,7 @@ def defaults() -> ConfigDict:
     config.sample_every = 0
     config.held_out = ""  # a source that is never trained on, for its loss in the log and for grids
     config.held_out_every = 500
+    config.pools = ""  # where sources taken apart are kept, for all runs on them; empty: workdir
     config.profile_steps = ()  # (10, 15): a profile of these steps, for TensorBoard
     return config
 

@@ -106,24 +106,26 @@ def _data(
     """
     part = share(make_mesh(**config.mesh), config.batch)
 
-    def opened(source: Source | Caches, folder: Path) -> tuple[dict, Callable[[int], Any], int]:
+    pools = Path(config.pools) if config.pools else workdir / "pools"
+
+    def opened(source: Source | Caches) -> tuple[dict, Callable[[int], Any], int]:
         """The first examples, batches, and how many of these go over all."""
         if isinstance(source, Caches):
             source.check(names, made_by)
             read = source.batches(config.batch, config.seed, part)
             pool, count = source.examples(range(min(shown, len(source)))), len(source)
             return pool, lambda step: take(read(step)), -(-count // config.batch)
-        pool = prepare(source, names, tools, encoders, folder, made_by)
+        pool = prepare(source, names, tools, encoders, pools, made_by)
         rows = batches(take(pool), config.batch, config.seed, part)
         return pool, rows, -(-len(pool["image"]) // config.batch)
 
     held_out = open_data(config.held_out, config, split="test") if config.held_out else None
     if config.held_out == config.source and not isinstance(held_out, Scenes):
         raise ValueError(f"held_out is the source itself, {config.source}; another is wanted")
-    pool, rows, _ = opened(source, workdir / "pool")
+    pool, rows, _ = opened(source)
     if held_out is None:
         return Data(pool, rows, shown=pool)
-    return Data(pool, rows, *opened(held_out, workdir / "held_out"))
+    return Data(pool, rows, *opened(held_out))
 
 
 def _stored(names: Sequence[str], *more: str) -> Callable[[Mapping], dict]:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 
 def sweep(runs: Mapping[str, Sequence[str]]) -> dict:
-    """Runs of `scenes64:ablation` over two seeds, measured on 128 held-out scenes."""
+    """Runs of `scenes64:ablation` over two seeds, measured on 64 held-out scenes."""
     return {
         "config": "scenes64:ablation",
         "runs": runs,
         "seeds": (0, 1),
-        "evaluate": ("--count", 128, "--seeds", 1, "--few", 32, "--experiments", "pairs"),
+        "evaluate": ("--count", 64, "--seeds", 1, "--steps", 8, "--experiments", "alone"),
     }

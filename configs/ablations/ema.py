@@ -4,4 +4,4 @@ from composer_jax.configs.ablations import sweep
 
 
 def get_sweep() -> dict:
-    return sweep({f"decay {decay}": [f"ema={decay}"] for decay in (0.9, 0.99, 0.998, 0.9995)})
+    return sweep({f"decay {decay}": [f"ema={decay}"] for decay in (0.0, 0.9, 0.97, 0.999)})

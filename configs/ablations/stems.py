@@ -8,7 +8,6 @@ def get_sweep() -> dict:
         {
             "resized": ["model.stems=resize"],
             "stems, 8 channels": ["model.local_channels=8", "model.unet.in_channels=14"],
-            "stems, 16 channels": ["model.local_channels=16", "model.unet.in_channels=22"],
             "stems, 32 channels": ["model.local_channels=32", "model.unet.in_channels=38"],
         }
     )

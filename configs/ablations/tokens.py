@@ -4,9 +4,4 @@ from composer_jax.configs.ablations import sweep
 
 
 def get_sweep() -> dict:
-    return sweep(
-        {
-            f"{count} tokens": [f"model.tokens_per_vector={count}", "model.context_length=96"]
-            for count in (1, 4, 8)
-        }
-    )
+    return sweep({f"{n} tokens": [f"model.tokens_per_vector={n}"] for n in (4, 8)})

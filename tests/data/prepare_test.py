@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from composer_jax.data.prepare import prepare
-from composer_jax.data.sources import open_source
+from composer_jax.data.sources import Source, open_source
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def test_it_is_made_once_and_anew_when_its_maker_changes(source, tmp_path):
 
     def pool(version):
         return prepare(
-            source, ("sketch", "palette"), {}, {"mean": encode}, tmp_path / "pool", {"v": version}
+            source, ("sketch", "palette"), {}, {"mean": encode}, tmp_path / "pools", {"v": version}
         )
 
     first = pool(1)
@@ -39,21 +39,30 @@ def test_it_is_made_once_and_anew_when_its_maker_changes(source, tmp_path):
 
 
 def test_an_older_pool_stays_when_a_new_one_fails(source, tmp_path):
-    prepare(source, ("sketch",), {}, {}, tmp_path / "pool", {})
+    prepare(source, ("sketch",), {}, {}, tmp_path / "pools", {})
 
     def broken(images, given):
         raise ValueError("no such thing")
 
     with pytest.raises(ValueError, match="no such thing"):
-        prepare(source, ("sketch",), {}, {"more": broken}, tmp_path / "pool", {})
+        prepare(source, ("sketch",), {}, {"more": broken}, tmp_path / "pools", {})
     with pytest.raises(ValueError, match="depth network"):
-        prepare(_Bare(source), ("depth",), {}, {}, tmp_path / "pool", {})
-    found = prepare(source, ("sketch",), {}, {}, tmp_path / "pool", {})
+        prepare(_Bare(source), ("depth",), {}, {}, tmp_path / "pools", {})
+    found = prepare(source, ("sketch",), {}, {}, tmp_path / "pools", {})
     assert len(found["image"]) == 70
-    assert [path.name for path in tmp_path.iterdir()] == ["pool"]
+    assert len(list((tmp_path / "pools").iterdir())) == 1
 
 
-class _Bare:
+def test_runs_share_a_folder_of_pools(source, tmp_path):
+    """Each source has its own there, and another seed's scenes are another source."""
+    pools = tmp_path / "pools"
+    for one in (source, open_source("scenes:70", size=64, seed=1), source):
+        found = prepare(one, ("sketch",), {}, {}, pools, {})
+        np.testing.assert_array_equal(found["image"][:3], one.batch(range(3))["image"])
+    assert len(list(pools.iterdir())) == 2
+
+
+class _Bare(Source):
     """A source that knows nothing but its images."""
 
     def __init__(self, source):

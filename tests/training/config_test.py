@@ -41,6 +41,7 @@ def test_every_config_loads_and_says_how_it_is_run(path):
         ("scenes64", ["steps=many"], "is of type int"),
         ("scenes64", ["save_every=0"], "save_every is 0; at least 1 is wanted"),
         ("scenes64_depth", ["sample_every=-1"], "sample_every is -1; at least 0"),
+        ("scenes64_clip", ["altered=-1"], "altered is -1; at least 0"),
         ("scenes64", ["steps=1.5"], "is of type int"),
         ("scenes64", ["optimizer=3"], "is a group"),
         ("scenes64", ["optimizer.rate=3"], "no key 'optimizer.rate'"),
