@@ -71,6 +71,7 @@ def get_config(variant: str = "") -> ConfigDict:
         schedule="flow",
         min_snr=None,
         density="logit-normal",  # of training times, or "uniform"
+        location=0.0,  # of "logit-normal"; above 0: more of what is nearly noise
     )
     config.keep = 0.3  # a condition's chance in training; its own where None
     config.keep_maps = 0.3  # of one that is a map; less leaves more to the other conditions

@@ -34,7 +34,8 @@ class Process:
     (Stable Diffusion's 1000 steps, t = (i + 1) / 1000 being step i). `zero_terminal_snr`: rescales
     "sd" so that alpha(1) = 0 (arXiv 2305.08891, algorithm 1). `min_snr`: gamma of min-SNR loss
     weights (arXiv 2303.09556), None for none. `density`: how the flow schedule's training times
-    are drawn, "logit-normal" (arXiv 2403.03206, eq. 19) or "uniform".
+    are drawn, "logit-normal" (arXiv 2403.03206, eq. 19), by the mean `location` of their logits
+    (above 0: nearer to noise), or "uniform".
 
     Raises ValueError for anything else, and for "eps" where alpha(1) = 0: there the noise says
     nothing about x0.
@@ -45,6 +46,7 @@ class Process:
     zero_terminal_snr: bool = False
     min_snr: float | None = None
     density: str = "logit-normal"
+    location: float = 0.0
 
     def __post_init__(self):
         one_of("prediction", self.prediction, PREDICTIONS)
@@ -56,6 +58,10 @@ class Process:
             raise ValueError('zero_terminal_snr is for schedule "sd"; "flow" has none to remove')
         if self.prediction == "eps" and (self.schedule == "flow" or self.zero_terminal_snr):
             raise ValueError('prediction "eps" cannot start from pure noise; use "v" or "flow"')
+        if not is_number(self.location):
+            raise ValueError(f"location is {self.location!r}; a number is wanted")
+        if self.location and (self.schedule != "flow" or self.density != "logit-normal"):
+            raise ValueError('location is of density "logit-normal" on schedule "flow" alone')
         gamma = self.min_snr
         if gamma is not None and not (is_number(gamma) and gamma > 0):
             raise ValueError(f"min_snr is {gamma!r}; a number above 0, or none")
@@ -130,7 +136,7 @@ class Process:
         if self.schedule == "flow" and self.density == "uniform":
             return jax.random.uniform(key, shape)
         if self.schedule == "flow":
-            return jax.nn.sigmoid(jax.random.normal(key, shape))
+            return jax.nn.sigmoid(self.location + jax.random.normal(key, shape))
         step = jax.random.randint(key, shape, 1, TIMESTEPS + 1)
         return step.astype(jnp.float32) / TIMESTEPS
 

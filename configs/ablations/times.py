@@ -1,7 +1,8 @@
-"""How training times are drawn on the flow schedule: logit-normal or uniform."""
+"""How training times are drawn on the flow schedule: logit-normal, nearer to noise, or uniform."""
 
 from composer_jax.configs.ablations import sweep
 
 
 def get_sweep() -> dict:
-    return sweep({word: [f"process.density={word}"] for word in ("logit-normal", "uniform")})
+    runs = {word: [f"process.density={word}"] for word in ("logit-normal", "uniform")}
+    return sweep({**runs, "logit-normal around 0.73": ["process.location=1.0"]})

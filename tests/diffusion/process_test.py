@@ -115,6 +115,8 @@ def test_training_times():
     assert flow.min() > 0 and flow.max() < 1
     logit = np.log(flow / (1 - flow))
     assert abs(logit.mean()) < 0.03 and abs(logit.std() - 1) < 0.03
+    near = np.asarray(Process(location=1.0).sample_times(jax.random.key(0), (20000,)))
+    np.testing.assert_allclose(np.log(near / (1 - near)), logit + 1, atol=2e-3)
     even = np.asarray(Process(density="uniform").sample_times(jax.random.key(0), (20000,)))
     assert abs(even.mean() - 0.5) < 0.01 and abs(even.std() - 12**-0.5) < 0.01
     sd = np.asarray(Process("eps", "sd").sample_times(jax.random.key(0), (20000,)))
@@ -173,6 +175,8 @@ def test_json_both_ways():
         ({"zero_terminal_snr": True}, "sd"),
         ({"zero_terminal_snr": "yes"}, "true or false"),
         ({"density": "even"}, "allowed: logit-normal, uniform"),
+        ({"location": "1"}, "location is '1'"),
+        ({"location": 1.0, "density": "uniform"}, "location is of density"),
         ({"min_snr": 0}, "min_snr is 0"),
         ({"min_snr": "5"}, "min_snr is '5'"),
     ],
