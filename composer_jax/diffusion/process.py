@@ -141,15 +141,19 @@ class Process:
         return step.astype(jnp.float32) / TIMESTEPS
 
     def loss_weight(self, t) -> jax.Array:
-        """Factor of the squared error of the output at t, of t's shape; ones without `min_snr`.
+        """Factor of the squared error of the output at t, of t's shape.
 
-        min(SNR, gamma) as a weight of the squared error of x0 (arXiv 2303.09556, section 3.4),
-        carried over to this prediction; finite for every t in [0, 1].
+        Without `min_snr` ones, and for "v" on the flow schedule, whose alpha and sigma have squares
+        that do not add up to 1, what makes its loss that of the flow. With it min(SNR, gamma) as a
+        weight of the squared error of x0 (arXiv 2303.09556, section 3.4), carried over to this
+        prediction; finite for every t in [0, 1].
         """
         alpha, sigma = self.alpha_sigma(t)
+        power = alpha**2 + sigma**2
         if self.min_snr is None:
-            return jnp.ones_like(alpha)
-        slope = {"flow": alpha + sigma, "eps": alpha, "v": alpha**2 + sigma**2}[self.prediction]
+            uneven = self.prediction == "v" and self.schedule == "flow"
+            return power**-2 if uneven else jnp.ones_like(alpha)
+        slope = {"flow": alpha + sigma, "eps": alpha, "v": power}[self.prediction]
         return jnp.minimum(alpha**2, self.min_snr * sigma**2) / slope**2
 
     def times(self, steps: int, spacing: str = "uniform", start: float = 1.0) -> np.ndarray:

@@ -138,6 +138,14 @@ def test_min_snr_weights():
     flow = Process("flow", "flow", min_snr=5.0).loss_weight(t[1:])
     t = t[1:].astype(np.float64)
     np.testing.assert_allclose(flow, np.minimum(((1 - t) / t) ** 2, 5) * t**2, rtol=1e-5)
+    # of v on the flow schedule: that of the flow it implies
+    x0, noise = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 1))
+    t = np.array([0.1, 0.5, 1.0], np.float32)[:, None, None, None]
+    v, output = Process("v", "flow"), np.random.default_rng(1).normal(size=x0.shape)
+    error = np.mean((output - v.target(x0, noise, t)) ** 2, axis=(1, 2, 3))
+    found = v.x0_eps(output, v.diffuse(x0, noise, t), t)
+    wanted = np.mean((found[1] - found[0] - (noise - x0)) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(v.loss_weight(t[:, 0, 0, 0]) * error, wanted, rtol=1e-4)
     for process in (ALL[0], ALL[2], ALL[5]):
         np.testing.assert_array_equal(process.loss_weight(np.linspace(0, 1, 5)), np.ones(5))
         limited = Process(process.prediction, process.schedule, process.zero_terminal_snr, 5.0)
