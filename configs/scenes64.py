@@ -53,6 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.clip_text = dict(skip=0, pad="")
     config.tools = dict(depth="", segmenter="", edges="")  # networks that conditions are taken by
     config.init_from = ""
+    config.init_any_process = False  # init_from may have predicted something else
     config.conditions = ()  # empty: all that the source can give
     config.steps = 9000
     config.batch = 32
@@ -67,10 +68,10 @@ def get_config(variant: str = "") -> ConfigDict:
         context_length=72,
     )
     config.process = dict(
-        prediction="flow",
+        prediction="v",  # or "flow": at t near 1 a narrow network fails to hand the noise through
         schedule="flow",
         min_snr=None,
-        density="logit-normal",  # of training times, or "uniform"
+        density="uniform",  # of training times, or "logit-normal"
         location=0.0,  # of "logit-normal"; above 0: more of what is nearly noise
     )
     config.keep = 0.3  # a condition's chance in training; its own where None

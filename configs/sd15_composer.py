@@ -35,6 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.source = "folder:images"
     config.image_size = 512
     config.init_from = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    config.init_any_process = False  # init_from may have predicted something else
     config.codec = config.init_from
     config.clip = "openai/clip-vit-large-patch14"
     config.clip_text = dict(skip=0, pad="")

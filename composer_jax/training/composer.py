@@ -109,10 +109,10 @@ def _start(
         tensors, trained, known = around(unet, composer_config), unet.process, ()
     Process.from_dict(trained)  # what is no process is said here
     for key, value in trained.items():
-        if process.to_dict()[key] != value:
+        if process.to_dict()[key] != value and not config.init_any_process:
             raise ValueError(
                 f"process.{key} is {process.to_dict()[key]!r}; {config.init_from} was trained with "
-                f"{value!r}"
+                f"{value!r}; to teach it the other, set init_any_process=True"
             )
     return tensors, [name for name in composer_config.conditions if name not in known]
 

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "held_out",
     "held_out_every",
     "pools",
+    "init_any_process",
     "mesh",
     "sharding",
     "remat",

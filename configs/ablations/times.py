@@ -4,5 +4,6 @@ from composer_jax.configs.ablations import sweep
 
 
 def get_sweep() -> dict:
-    runs = {word: [f"process.density={word}"] for word in ("logit-normal", "uniform")}
-    return sweep({**runs, "logit-normal around 0.73": ["process.location=1.0"]})
+    runs = {word: [f"process.density={word}"] for word in ("uniform", "logit-normal")}
+    nearer = [*runs["logit-normal"], "process.location=1.0"]
+    return sweep({**runs, "logit-normal around 0.73": nearer})

@@ -161,6 +161,17 @@ def test_a_composer_goes_on_from_another_with_fewer_conditions_and_more(composer
     assert more["embeddings.caption_vector.linear_2.kernel"].read().any()
 
 
+def test_a_composer_may_be_taught_to_predict_something_else(composer, tmp_path):
+    overrides = [f"init_from={composer}", "process.prediction=flow", "steps=1", "sample_every=0"]
+    with pytest.raises(ValueError, match=r"trained with 'v'; .* init_any_process=True"):
+        train(load_config("scenes64:smoke", overrides), tmp_path / "a")
+    still = [*overrides, "init_any_process=True", "optimizer.learning_rate=0.0"]
+    train(load_config("scenes64:smoke", still), tmp_path / "a")
+    before = open_tensors(composer / "model" / "unet.safetensors")
+    for name, tensor in open_tensors(tmp_path / "a" / "model" / "unet.safetensors").items():
+        np.testing.assert_allclose(tensor.read(), before[name].read(), rtol=1e-6, err_msg=name)
+
+
 def test_a_composer_of_another_size_is_no_start(composer, tmp_path):
     overrides = [f"init_from={composer}", "model.stem_width=24"]
     with pytest.raises(ValueError, match=r"stem_width is 24; .* was trained with 48"):
