@@ -113,7 +113,6 @@ def get_config(variant: str = "") -> ConfigDict:
     elif variant == "ablation":
         config.source, config.held_out = "scenes:8000", "scenes:512"
         config.steps, config.save_every, config.sample_every = 500, 500, 0
-        config.held_out_every = 500
         config.conditions = ("caption", "depth", "palette", "semantics", "sketch")
         config.model.unet.update(block_out_channels=(80, 80), heads=(5, 5))
         config.model.stem_width = 32
