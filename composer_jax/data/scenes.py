@@ -156,20 +156,31 @@ def render(described: Sequence[dict], size: int, samples: int = 2) -> dict[str, 
     inf for the sky), instances int32 [B, size, size] (object i of the scene is i + 1).
     """
     starts = range(0, len(described), CHUNK)
+    host = _host()
 
     def one(start: int) -> dict[str, np.ndarray]:
         chunk = list(described[start : start + CHUNK])
         chunk += chunk[-1:] * (-len(chunk) % CHUNK)  # one shape, one compilation
         scenes = {key: np.stack([d["scene"][key] for d in chunk]) for key in chunk[0]["scene"]}
-        as_jax = {
-            key: jnp.asarray(v, jnp.int32 if v.dtype.kind == "i" else jnp.float32)
-            for key, v in scenes.items()
-        }
-        return jax.device_get(cast(as_jax, size, samples))
+        with jax.default_device(host):
+            as_jax = {
+                key: jnp.asarray(v, jnp.int32 if v.dtype.kind == "i" else jnp.float32)
+                for key, v in scenes.items()
+            }
+            return jax.device_get(cast(as_jax, size, samples))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a chunk keeps one core busy
         parts = [one(0), *pool.map(one, starts[1:])]
     return {key: np.concatenate([p[key] for p in parts])[: len(described)] for key in parts[0]}
+
+
+def _host() -> jax.Device | None:
+    """The CPU, as a GPU would wait for it at every branch of the ray caster; None where
+    JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 class Scenes(Source):
