@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -47,7 +47,8 @@ def caption(objects: Sequence[dict], floor: str, sky: str, rng: np.random.Genera
 
 
 def altered(text: str, kinds: Sequence[Sequence[str]], rng: np.random.Generator) -> str:
-    """The text with one word made another of its kind: near to it, and false of its image.
+    """The text with one word made another of its kind, or with two words of one kind exchanged:
+    near to it, and false of its image. The second is no matter of words alone (arXiv 2210.01936).
 
     `kinds`: words that exclude each other. The text itself where it has none of them.
     """
@@ -56,10 +57,29 @@ def altered(text: str, kinds: Sequence[Sequence[str]], rng: np.random.Generator)
     found = list(re.finditer(rf"\b(?:{'|'.join(longest_first)})\b", text))
     if not found:
         return text
+    pairs = [(a, b) for a in found for b in found if a.start() < b.start() and b[0] in others[a[0]]]
+    exchanged = [_with(text, {a: b[0], b: a[0]}) for a, b in pairs]
+    exchanged = [one for one in exchanged if _phrases(one) != _phrases(text)]
+    if exchanged and rng.random() < 0.5:
+        return exchanged[rng.integers(len(exchanged))]
     match = found[rng.integers(len(found))]
-    word = str(rng.choice(others[match[0]]))
-    article = "an " if word[0] in "aeiou" else "a "
-    return re.sub(r"\ban? $", article, text[: match.start()]) + word + text[match.end() :]
+    return _with(text, {match: str(rng.choice(others[match[0]]))})
+
+
+def _with(text: str, words: Mapping[re.Match, str]) -> str:
+    """The text with words instead of matches, from left to right, and articles that fit."""
+    parts, end = [], 0
+    for match, word in words.items():
+        article = "an " if word[0] in "aeiou" else "a "
+        parts += [re.sub(r"\ban? $", article, text[end : match.start()]), word]
+        end = match.end()
+    return "".join([*parts, text[end:]])
+
+
+def _phrases(text: str) -> list[str]:
+    """What a caption says is there, in any order."""
+    found = re.split(r", | and | left of | right of | in front of | behind | on | under ", text)
+    return sorted(re.sub(r"^an? ", "", phrase) for phrase in found)
 
 
 def _count(noun: str, things: Sequence[dict]) -> str:

@@ -21,6 +21,26 @@ def test_one_word_becomes_another_of_its_kind():
             assert words[0] == words[1], (text, false)
 
 
+def test_words_are_exchanged_where_that_says_something_else():
+    texts = [
+        altered("a red cone left of a blue ball", (("red", "blue"),), np.random.default_rng(seed))
+        for seed in range(40)
+    ]
+    assert set(texts) == {
+        "a blue cone left of a red ball",  # both exchanged
+        "a blue cone left of a blue ball",
+        "a red cone left of a red ball",
+    }
+    same = "an orange ball and a red ball"  # the other way round it says the same
+    texts = {altered(same, (("red", "orange"),), np.random.default_rng(s)) for s in range(40)}
+    assert texts == {"a red ball and a red ball", "an orange ball and an orange ball"}
+    kinds = (("red", "orange"), ("cone", "ball"))
+    texts = {
+        altered("an orange cone and a red ball", kinds, np.random.default_rng(s)) for s in range(80)
+    }
+    assert "a red cone and an orange ball" in texts  # articles follow
+
+
 def test_articles_follow_and_other_texts_stay():
     kinds = (("orange", "red"),)
     rng = np.random.default_rng(0)
