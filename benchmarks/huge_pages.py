@@ -36,13 +36,13 @@ def main() -> None:
 
 
 def step(workdir: Path) -> None:
-    """Prints the median seconds of twelve steps of `scenes64`."""
+    """Prints the median seconds of twelve steps of `scenes64:cpu`."""
     from composer_jax.commands.train import train
     from composer_jax.training.config import load_config
 
     steps = ["source=scenes:64", "steps=15", "log_every=1", "sample_every=0"]
     run = Path(tempfile.mkdtemp(dir=workdir))
-    train(load_config("scenes64", steps), run)
+    train(load_config("scenes64:cpu", steps), run)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     print(float(np.median([32 / row["images_per_second"] for row in rows[3:]])))
 

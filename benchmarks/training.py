@@ -88,7 +88,7 @@ def shape_of(size: str):
     """The UNet's config, its map's side and how many tokens its context has."""
     from composer_jax.models.unet import PRESETS
 
-    if size == "scenes64":  # as it is inside, where latents are folded
+    if size == "scenes64":  # as `scenes64:cpu` is inside, where latents are folded
         return replace(PRESETS[size], in_channels=88, out_channels=24, patch=1), 8, 72
     return replace(PRESETS[size], in_channels=20, out_channels=4), 64, 128
 

@@ -195,9 +195,9 @@ def advice(report: Report, workdir: Path) -> None:
         "The pictures above are the bundled composer's, which was trained as the first line says; "
         "the run of this quickstart is two minutes old. Sample from either, train on your photos:"
     )
-    mine = "--config scenes64 --config.source=folder:PHOTOS --workdir runs/mine"
+    mine = "--config scenes64:cpu --config.source=folder:PHOTOS --workdir runs/mine"
     report.code(
-        "composer train --config scenes64 --workdir runs/scenes64\n"
+        "composer train --config scenes64:cpu --workdir runs/scenes64\n"
         "composer sample --caption 'a red cone' --out samples\n"
         f"composer sample --model {workdir} --caption 'a red cone' --out young\n"
         f"composer train {mine}\n"

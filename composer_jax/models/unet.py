@@ -94,7 +94,6 @@ PRESETS = {
         layers_per_block=1,
         cross_attention_dim=128,
         norm_num_groups=16,
-        patch=2,
     ),
     "tiny": UNetConfig(
         in_channels=6 + 32,
