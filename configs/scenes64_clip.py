@@ -5,8 +5,9 @@
 Reached with seed 0, 34,000 images/s: top-1 of .78 within training batches of 512, among texts of
 which 1,536 more are false in a word or two, where `altered=0`, 700 steps of 96 and 12,000 scenes
 gave .72 within 96. How many of each shape a caption names, a linear map finds in its mean token
-with R2 .70 (it was .69) after the first layer, .58 (.51) one before the last. `assets/scenes64/clip` is
-this run's. On 2 cores it would take 3 hours, by what the smaller run took.
+with R2 .70 (it was .69) after the first layer, .58 (.51) one before the last.
+`assets/scenes64/clip` is this run's. On 2 cores it would take 3 hours, by what the smaller run
+took.
 
 `:smoke` is a run of seconds for tests.
 """
