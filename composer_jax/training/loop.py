@@ -16,7 +16,7 @@ import optax
 
 from composer_jax.storage.checkpoints import Checkpoints
 from composer_jax.training.cluster import Stop, leave
-from composer_jax.training.hardware import compiler_options
+from composer_jax.training.hardware import compiler_options, step_flops
 from composer_jax.training.log import Log, NonFinite
 from composer_jax.training.sharding import dotted, make_mesh, shard_tree, to_devices
 from composer_jax.training.state import TrainState, create_state
@@ -107,7 +107,7 @@ def train(
                 lowered = jitted.lower(state, upcoming, seed) if upcoming else None
             options = compiler_options(mesh.devices.flat[0])
             compiled = lowered.compile(options) if lowered else None
-            told.flops = _flops(compiled)
+            told.flops = step_flops(lowered, compiled, mesh.devices.flat) if compiled else 0.0
             for step in range(start, settings.steps):
                 profile.at(step, state)
                 state, metrics = compiled(state, upcoming, seed)
@@ -180,8 +180,3 @@ class _Profile:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self._on = False
-
-
-def _flops(compiled) -> float:
-    cost = compiled.cost_analysis() if compiled else None
-    return float((cost or {}).get("flops", 0.0))
