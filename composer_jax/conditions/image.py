@@ -139,10 +139,11 @@ def fit_map(array: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
     if array.shape[:2] == (height, width):
         return array
     scale = min(array.shape[0] / height, array.shape[1] / width)
-    top = (array.shape[0] - height * scale) / 2
-    left = (array.shape[1] - width * scale) / 2
+    # rounding takes 21 / 19 * 19 beyond 21
+    tall, wide = min(height * scale, array.shape[0]), min(width * scale, array.shape[1])
+    top, left = (array.shape[0] - tall) / 2, (array.shape[1] - wide) / 2
     if how == "area":
-        return _area(array, size, (left, top, left + width * scale, top + height * scale))
+        return _area(array, size, (left, top, left + wide, top + tall))
     if how == "nearest":
         rows = _cells(top, scale, height, array.shape[0], 0.5)
         columns = _cells(left, scale, width, array.shape[1], 0.5)

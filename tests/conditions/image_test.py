@@ -151,6 +151,11 @@ def test_fit_map_keeps_dtype_and_constants_and_invents_no_values(source, target,
     np.testing.assert_array_equal(fit_map(constant, target, how), np.full((*target, 3), 7, dtype))
 
 
+def test_a_map_may_be_cut_by_a_factor_that_rounds_up():
+    fitted = fit_map(np.full((2, 21), 7, np.uint8), (1, 19), "area")
+    assert fitted.shape == (1, 19) and (fitted == 7).all()
+
+
 def test_area_averages_blocks_and_crops_the_middle():
     array = np.arange(64, dtype=np.float32).reshape(8, 8)
     blocks = array.reshape(4, 2, 4, 2).mean(axis=(1, 3))

@@ -223,7 +223,7 @@ def test_configs_survive_the_way_there_and_back():
     with pytest.raises(ValueError, match="prediction_type 'sample'"):
         process_from_diffusers({"prediction_type": "sample"})
     with pytest.raises(ValueError, match="patch 2 has no counterpart"):
-        unet_to_diffusers(PRESETS["scenes64"])
+        unet_to_diffusers(PRESETS["tiny"])
 
 
 def test_defaults_of_diffusers_stand_in_for_old_configs():
