@@ -1,4 +1,4 @@
-"""Composer's tasks on held-out scenes: `python benchmarks/edits.py --model DIR --gallery PNG`.
+"""Composer's tasks on held-out scenes: `python benchmarks/edits.py [--model DIR] --gallery PNG`.
 
 For every task what should change and what should stay, by the conditions' own measures, on the
 sources and on the results; and a picture of the first of them.
@@ -28,7 +28,7 @@ SCENES = {"red": "blue", "blue": "yellow", "green": "red", "yellow": "green", "p
 class Study:
     """Held-out scenes, everything known of them, and each one's neighbour as the other image."""
 
-    def __init__(self, model: str, count: int, steps: int):
+    def __init__(self, model: str | None, count: int, steps: int):
         self.pipe = Pipeline.load(model)
         self.tools = self.pipe.tools(self.pipe.names) | scenes_judges()
         self.count = count
@@ -158,7 +158,7 @@ TWO = ("reconfiguration", "colourisation", "style-transfer", "try-on")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="default: the bundled one")
     parser.add_argument("--count", type=int, default=16, help="scenes")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--gallery", type=Path, help="a picture to write, a row for each task")
