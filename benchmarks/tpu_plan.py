@@ -32,7 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from composer_jax.models.unet import PRESETS
 from composer_jax.training import plan
 from composer_jax.training.config import load_config
-from composer_jax.training.hardware import Chip, chip_of, devices_of, step_flops
+from composer_jax.training.hardware import Chip, chip_of, devices_of
 from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
 
 SHARE = 0.6  # of the peak, that a fused attention reaches
@@ -107,9 +107,9 @@ def ours(preset: str, devices: list, batch: int, _=False, fsdp=None) -> tuple[pl
     """Our whole train step, its state split over `fsdp` devices, or over all."""
     start = time.perf_counter()
     config = configured(preset, fsdp or len(devices))
-    step = plan.compile_step(config, devices, batch)
+    compiled, text = plan.compile_step(config, devices, batch)
     seconds = time.perf_counter() - start
-    return plan.measure(*step, batch, len(devices), seconds), step[1]
+    return plan.measure(compiled, text, batch, len(devices), seconds), text
 
 
 def peer(preset: str, devices: list, batch: int, same: bool) -> tuple[plan.Cost, str]:
@@ -165,8 +165,7 @@ def peer(preset: str, devices: list, batch: int, same: bool) -> tuple[plan.Cost,
     lowered = traced.lower(lowering_platforms=("tpu",))
     compiled, text = plan.compile_readably(lowered, devices[0], None if same else {})
     seconds = time.perf_counter() - start
-    flops = step_flops(lowered, compiled, devices)
-    return plan.measure(compiled, text, flops, batch, len(devices), seconds), text
+    return plan.measure(compiled, text, batch, len(devices), seconds), text
 
 
 def weak(preset: str, topologies: list[str], per_chip: int) -> None:

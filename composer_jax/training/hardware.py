@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -67,15 +66,14 @@ def compiler_options(device) -> dict[str, bool | int]:
     return options
 
 
-def step_flops(lowered, compiled, devices: Sequence) -> float:
-    """A device's FLOPs of a program on `devices`, by XLA; 0 where it says none.
+def step_flops(compiled, device) -> float:
+    """A device's FLOPs of a compiled program, by XLA; 0 where it does not say.
 
-    The compiled program is one device's. On a GPU its count leaves out what cuDNN and cuBLAS do
-    (`scenes64` on an H200: 0.15 of 2.16 TFLOP), so the whole is counted before, and shared out.
+    On a GPU it does not: its count leaves out what cuDNN and cuBLAS do (of `scenes64` on an H200 it
+    had 0.15 of 2.16 TFLOP), and before compilation jax counts nothing there.
     """
-    on_gpu = devices[0].platform == "gpu"
-    counted = (lowered if on_gpu else compiled).cost_analysis() or {}
-    return float(counted.get("flops", 0.0)) / (len(devices) if on_gpu else 1)
+    counted = compiled.cost_analysis() if device.platform != "gpu" else None
+    return float((counted or {}).get("flops", 0.0))
 
 
 def devices_of(topology: str) -> list:

@@ -105,9 +105,9 @@ def train(
             upcoming = to_devices(batch(start), mesh) if start < settings.steps else None
             with jax.set_mesh(mesh):  # by which kernels are split over devices
                 lowered = jitted.lower(state, upcoming, seed) if upcoming else None
-            options = compiler_options(mesh.devices.flat[0])
-            compiled = lowered.compile(options) if lowered else None
-            told.flops = step_flops(lowered, compiled, mesh.devices.flat) if compiled else 0.0
+            device = mesh.devices.flat[0]
+            compiled = lowered.compile(compiler_options(device)) if lowered else None
+            told.flops = step_flops(compiled, device) if compiled else 0.0
             for step in range(start, settings.steps):
                 profile.at(step, state)
                 state, metrics = compiled(state, upcoming, seed)

@@ -23,7 +23,7 @@ from composer_jax.models.vae import VAEConfig
 from composer_jax.storage.models import find_part
 from composer_jax.training.collectives import Traffic, collectives
 from composer_jax.training.composer import make_recipe
-from composer_jax.training.hardware import Chip, chip_of, compiler_options, step_flops
+from composer_jax.training.hardware import Chip, chip_of, compiler_options
 from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
 from composer_jax.training.state import create_state
@@ -69,8 +69,8 @@ class Cost:
         }
 
 
-def compile_step(config, devices: list, batch: int) -> tuple[Any, str, float]:
-    """The composer's train step of a config, compiled for `devices`, its text and a device's FLOPs.
+def compile_step(config, devices: list, batch: int) -> tuple[Any, str]:
+    """The composer's train step of a config, compiled for `devices`, and its text.
 
     No weights and no data are read: `init_from` is not looked at, conditions are the config's or
     all there are. Raises ValueError for another task, or where parts do not fit.
@@ -97,8 +97,7 @@ def compile_step(config, devices: list, batch: int) -> tuple[Any, str, float]:
     platform = "cuda" if platform == "gpu" else platform
     with jax.set_mesh(mesh):
         lowered = jitted.trace(state, rows, seed).lower(lowering_platforms=(platform,))
-    compiled, text = compile_readably(lowered, devices[0])
-    return compiled, text, step_flops(lowered, compiled, devices)
+    return compile_readably(lowered, devices[0])
 
 
 def compile_readably(lowered, device, options=None) -> tuple[Any, str]:
@@ -118,8 +117,8 @@ def compile_readably(lowered, device, options=None) -> tuple[Any, str]:
     return compiled, max(texts, key=len, default="")
 
 
-def measure(compiled, text: str, flops: float, batch: int, devices: int, seconds: float) -> Cost:
-    """The cost of what `compile_step` gave; `seconds`: how long it took to compile."""
+def measure(compiled, text: str, batch: int, devices: int, seconds: float) -> Cost:
+    """The cost of a compiled step and its text; `seconds`: how long it took to compile."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     estimate = cost.get("optimal_seconds", -1.0)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -133,7 +132,7 @@ def measure(compiled, text: str, flops: float, batch: int, devices: int, seconds
         arguments=arguments,
         temporaries=temporaries,
         peak=peak,
-        flops=flops,
+        flops=float(cost.get("flops", 0.0)),
         bytes=float(cost.get("bytes accessed", 0.0)),
         seconds=float(estimate) if estimate > 0 else None,
         collectives=collectives(text),
@@ -144,8 +143,8 @@ def measure(compiled, text: str, flops: float, batch: int, devices: int, seconds
 def plan(config, devices: list, batch: int) -> Cost:
     """Compiles a step at a global batch and measures it; raises ValueError as `compile_step`."""
     start = time.perf_counter()
-    step = compile_step(config, devices, batch)
-    return measure(*step, batch, len(devices), time.perf_counter() - start)
+    compiled, text = compile_step(config, devices, batch)
+    return measure(compiled, text, batch, len(devices), time.perf_counter() - start)
 
 
 def largest(

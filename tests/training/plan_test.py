@@ -18,7 +18,6 @@ from composer_jax.training.collectives import Traffic, collectives
 from composer_jax.training.config import load_config
 from composer_jax.training.hardware import CHIPS, chip_of, devices_of, step_flops
 from composer_jax.training.plan import Cost, _composer, clip_sizes, codec_config, largest
-from composer_jax.training.sharding import batch_sharding, make_mesh
 
 HLO = """HloModule jit_step
 
@@ -108,13 +107,10 @@ def test_chips_are_known_by_their_kind():
     assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"] and chip_of("cpu") is None
 
 
-def test_flops_are_a_devices_counted_before_the_compiler_or_after():
-    mesh = make_mesh(data=8)
-    x = jax.device_put(np.ones((64, 32), np.float32), batch_sharding(mesh))
-    lowered = jax.jit(lambda x: (x @ jnp.ones((32, 128))).sum(1)).lower(x)
-    gpus = [SimpleNamespace(platform="gpu")] * 8  # as if these had hidden the product in a call
-    counts = [step_flops(lowered, lowered.compile(), d) for d in (jax.devices(), gpus)]
-    np.testing.assert_allclose(counts, 2 * 64 * 32 * 128 / 8, rtol=0.1)
+def test_flops_are_not_counted_where_the_compiler_hides_them():
+    compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((64, 64))).compile()
+    assert step_flops(compiled, jax.devices()[0]) == pytest.approx(2 * 64**3, rel=0.1)
+    assert step_flops(compiled, SimpleNamespace(platform="gpu")) == 0.0
 
 
 def test_the_plan_of_what_is_here(capsys, tmp_path):
