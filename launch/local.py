@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Starts a command in several processes on this machine, as one job.
 
-    python launch/local.py --processes 2 -- composer train --config scenes64 --workdir runs/two
+    python launch/local.py --processes 2 -- composer train --config scenes64:cpu --workdir runs/two
     python launch/local.py --processes 4 -- composer prepare folder:PHOTOS --out cache
 
 Each gets COMPOSER_PROCESS, COMPOSER_PROCESSES and JAX_COORDINATOR_ADDRESS, as any other launcher

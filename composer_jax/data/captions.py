@@ -58,15 +58,15 @@ def altered(text: str, kinds: Sequence[Sequence[str]], rng: np.random.Generator)
     if not found:
         return text
     pairs = [(a, b) for a in found for b in found if a.start() < b.start() and b[0] in others[a[0]]]
-    exchanged = [_with(text, {a: b[0], b: a[0]}) for a, b in pairs]
-    exchanged = [one for one in exchanged if _phrases(one) != _phrases(text)]
+    exchanged, said = [_replaced(text, {a: b[0], b: a[0]}) for a, b in pairs], _phrases(text)
+    exchanged = [one for one in exchanged if _phrases(one) != said]
     if exchanged and rng.random() < 0.5:
         return exchanged[rng.integers(len(exchanged))]
     match = found[rng.integers(len(found))]
-    return _with(text, {match: str(rng.choice(others[match[0]]))})
+    return _replaced(text, {match: str(rng.choice(others[match[0]]))})
 
 
-def _with(text: str, words: Mapping[re.Match, str]) -> str:
+def _replaced(text: str, words: Mapping[re.Match, str]) -> str:
     """The text with words instead of matches, from left to right, and articles that fit."""
     parts, end = [], 0
     for match, word in words.items():
