@@ -95,7 +95,8 @@ def open_source(
 
         return Tfds(rest, size=size, crop=crop)
     allowed = "scenes, scenes:COUNT, folder:PATH, tar:GLOB, tfds:NAME; for training cache:DIR"
-    raise ValueError(f"no source {text!r}{meant(kind, KINDS)}; allowed: {allowed}")
+    hint = "" if kind in KINDS else meant(kind, KINDS)
+    raise ValueError(f"no source {text!r}{hint}; allowed: {allowed}")
 
 
 class Images(Source):

@@ -46,6 +46,7 @@ def test_metadata_gives_captions(folder, kind):
     ("text", "message"),
     [
         ("sceens", "did you mean 'scenes'"),
+        ("cache:made", "'cache:made'; allowed: .*; for training cache:DIR"),
         ("scenes:many", "positive whole number"),
         ("folder:/does/not/exist", "does not exist"),
     ],
@@ -62,6 +63,17 @@ def test_empty_folder_and_broken_metadata(tmp_path, folder):
     (folder / "metadata.jsonl").write_text('{"file": "a.png"}')
     with pytest.raises(ValueError, match="needs file_name and text"):
         open_source(f"folder:{folder}", size=16)
+
+
+def test_a_relative_path_is_another_source_elsewhere(tmp_path, folder, monkeypatch):
+    keys = []
+    for place in ("here", "there"):
+        (tmp_path / place / "photos").mkdir(parents=True)
+        (tmp_path / place / "photos" / "a.png").write_bytes((folder / "a.png").read_bytes())
+        monkeypatch.chdir(tmp_path / place)
+        keys.append(open_source("folder:photos", size=16).key)
+    assert keys[0] != keys[1]
+    assert keys[1] == open_source(f"folder:{tmp_path / 'there' / 'photos'}", size=16).key
 
 
 def test_crop_is_the_centre(tmp_path):
