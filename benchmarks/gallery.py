@@ -1,8 +1,9 @@
-"""Pictures of a composer of scenes: `python benchmarks/gallery.py [--model DIR] --out docs`.
+"""Pictures of a composer: `python benchmarks/gallery.py [--model DIR] [--source TEXT] --out docs`.
 
-OUT/samples.png: held-out scenes, and samples given one of their conditions alone, everything,
-nothing. OUT/captions.png: the first sample of each of twenty captions that no config contains, with
-the share of what each says that the frozen detector finds.
+OUT/samples.png: held-out images (scenes, unless another source is named), and samples given one of
+their conditions alone, everything, nothing. Of scenes OUT/captions.png, too: the first sample of
+each of twenty captions that no config contains, with the share of what each says that the frozen
+detector finds.
 """
 
 import argparse
@@ -10,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from composer_jax.data.sources import open_source
+from composer_jax.data.sources import Source, open_source
 from composer_jax.diffusion import Use
 from composer_jax.evaluation.control import extract_all, sample_each
 from composer_jax.evaluation.judges import scenes_judges
 from composer_jax.evaluation.pictures import grid, labelled_sheet, save_png
 from composer_jax.sampling.pipeline import Pipeline
 
-SCENES, CELL = 8, 96
+ROWS, CELL = 8, 96
 CAPTIONS = (
     "a red cone left of a blue ball",
     "a large yellow ball",
@@ -45,32 +46,38 @@ CAPTIONS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: the bundled one")
+    parser.add_argument("--source", help="such as folder:DIR; default: held-out scenes")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    pipe = Pipeline.load(args.model)
+    pipe, judges = Pipeline.load(args.model), {} if args.source else scenes_judges()
+    source = open_source(args.source or f"scenes:{ROWS}", size=pipe.size, split="test")
+    save_png(args.out / "samples.png", sheet_of_samples(pipe, source, judges))
+    if not args.source:
+        save_png(args.out / "captions.png", sheet_of_captions(pipe, judges["reader"]))
 
-    batch = open_source(f"scenes:{SCENES}", size=pipe.size, split="test").batch(range(SCENES))
-    judges = scenes_judges()
-    stored = extract_all(
-        batch["image"], batch["given"], pipe.names, pipe.tools(pipe.names) | judges
-    )
+
+def sheet_of_samples(pipe: Pipeline, source: Source, judges: dict) -> np.ndarray:
+    """Images from all over a source, and samples of their conditions."""
+    batch = source.batch(np.linspace(0, len(source) - 1, ROWS).astype(int))
+    tools = pipe.tools(pipe.names) | judges
+    stored = extract_all(batch["image"], batch["given"], pipe.names, tools)
     kinds = {name: (name,) for name in pipe.names} | {"everything": pipe.names, "nothing": ()}
-    columns = {"scene": batch["image"]} | {
+    columns = {"image": batch["image"]} | {
         title: sample_each(pipe, stored, {name: Use(None) for name in kind})
         for title, kind in kinds.items()
     }
-    rows = [{title: images[i] for title, images in columns.items()} for i in range(SCENES)]
-    save_png(args.out / "samples.png", labelled_sheet(rows, CELL))
+    rows = [{title: images[i] for title, images in columns.items()} for i in range(ROWS)]
+    return labelled_sheet(rows, CELL)
 
+
+def sheet_of_captions(pipe: Pipeline, reader) -> np.ndarray:
+    """A sample of each caption; prints the share of it that the reader of facts finds."""
     images = np.concatenate([pipe({"caption": text}, count=1, seed=0) for text in CAPTIONS])
-    save_png(args.out / "captions.png", grid(images.repeat(2, 1).repeat(2, 2), 5))
-    shares = [
-        judges["reader"].agreement(text, image)
-        for text, image in zip(CAPTIONS, images, strict=True)
-    ]
+    shares = [reader.agreement(text, image) for text, image in zip(CAPTIONS, images, strict=True)]
     for text, share in zip(CAPTIONS, shares, strict=True):
         print(f"{share:.2f}  {text}")
     print(f"{np.mean(shares):.2f}  of what {len(CAPTIONS)} captions say is found")
+    return grid(images.repeat(2, 1).repeat(2, 2), 5)
 
 
 if __name__ == "__main__":

@@ -31,26 +31,24 @@ def main() -> None:
     with tarfile.open(only(args.packages, "unicode-emoji-json-*.tgz")) as package:
         known = json.load(package.extractfile("package/data-by-emoji.json"))
     names = {codepoints(symbol): about["name"] for symbol, about in known.items()}
-    rows: dict[str, list[tuple[str, str]]] = {"train": [], "held_out": []}
+    rows: dict[str, dict[str, str]] = {"train": {}, "held_out": {}}
     with tarfile.open(only(args.packages, "lobehub-fluent-emoji-3d-*.tgz")) as package:
         for member in tqdm(package.getmembers(), unit="file"):
             path = Path(member.name)
-            name = names.get(path.stem.replace("-fe0f", ""))
-            if path.suffix != ".webp" or name is None:
+            stem = path.stem.replace("-fe0f", "")  # two are there twice, with and without
+            if path.suffix != ".webp" or stem not in names:
                 continue
             image = Image.open(io.BytesIO(package.extractfile(member).read())).convert("RGBA")
             page = Image.new("RGBA", image.size, "white")
             page.alpha_composite(image)
-            part = (
-                "held_out" if hashlib.sha256(path.stem.encode()).digest()[0] % 5 == 0 else "train"
-            )
-            folder = args.out / part
-            folder.mkdir(parents=True, exist_ok=True)
-            page.convert("RGB").save(folder / f"{path.stem}.png")
-            rows[part].append((f"{path.stem}.png", name))
+            fifth = hashlib.sha256(stem.encode()).digest()[0] % 5 == 0
+            part = "held_out" if fifth else "train"
+            (args.out / part).mkdir(parents=True, exist_ok=True)
+            page.convert("RGB").save(args.out / part / f"{stem}.png")
+            rows[part][f"{stem}.png"] = names[stem]
     for part, listed in rows.items():
         with (args.out / part / "metadata.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("file_name", "text"), *sorted(listed)])
+            csv.writer(file).writerows([("file_name", "text"), *sorted(listed.items())])
         print(f"{len(listed)} in {args.out / part}")
 
 
