@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,7 @@ def train(
     seed = np.uint32(settings.seed)
     told = Log(workdir, start, settings.steps, settings.batch, notes.get("waiting", ()))
     try:
-        with Stop() as stop:
+        with _failures_explained(batch, workdir), Stop() as stop:
             upcoming = to_devices(batch(start), mesh) if start < settings.steps else None
             with jax.set_mesh(mesh):  # by which kernels are split over devices
                 lowered = jitted.lower(state, upcoming, seed) if upcoming else None
@@ -128,6 +129,18 @@ def train(
                         on_save(done, state)
                 if asked and not last:
                     raise Interrupted(done, asked)
+    finally:
+        profile.stop(state)
+        told.close()
+        checkpoints.close()
+    return state
+
+
+@contextmanager
+def _failures_explained(batch: Callable[[int], dict], workdir: Path) -> Iterator[None]:
+    """Keeps the batch of a loss that is not finite; leaves a job whose other processes are gone."""
+    try:
+        yield
     except NonFinite as error:
         path = workdir / f"nonfinite-{error.step}-{jax.process_index()}.npz"
         flat, _ = jax.tree_util.tree_flatten_with_path(batch(error.step - 1))
@@ -139,11 +152,6 @@ def train(
         reason = str(error).strip().splitlines()[0][:200]
         what = "is out of memory" if "RESOURCE_EXHAUSTED" in reason else "has lost another"
         leave(f"a process of this job {what} ({reason}); what was saved is kept for its next start")
-    finally:
-        profile.stop(state)
-        told.close()
-        checkpoints.close()
-    return state
 
 
 class Interrupted(Exception):
