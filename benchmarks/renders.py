@@ -2,14 +2,11 @@
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0
     python benchmarks/renders.py --packages . --out renders
-    composer train --config scenes64_codec --config.source=folder:renders/train --workdir runs/renders-codec
-    composer train --config scenes64:cpu --config.source=folder:renders/train \\
-        --config.codec=runs/renders-codec --workdir runs/renders
-    composer evaluate --model runs/renders --source folder:renders/held_out --out measured
 
-Every fifth one, by a hash of its name, is held out. Pictures lie on white; a caption is the
-symbol's name. The renders are Microsoft's Fluent Emoji (MIT).
-"""  # noqa: E501
+`docs/renders.md` says how to train on them and what came of it. Every fifth one, by a hash of its
+name, is held out. Pictures lie on white; a caption is the symbol's name. The renders are
+Microsoft's Fluent Emoji (MIT).
+"""
 
 import argparse
 import csv
