@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", default="scenes", help="of the images (default: held-out scenes)"
     )
-    parser.add_argument("--source-seed", type=int, default=0, help="of held-out scenes (default 0)")
+    parser.add_argument(
+        "--source-seed",
+        type=int,
+        default=0,
+        help="of held-out scenes; of which images of another source, in which order (default 0)",
+    )
     parser.add_argument("--count", type=int, default=256, help="images (default 256)")
     parser.add_argument("--seeds", type=int, default=4, help="samples of each image (default 4)")
     parser.add_argument(
@@ -176,14 +181,14 @@ def _examples(
     if text == "scenes":
         text = f"scenes:{count}"
     source = open_source(text, size=pipe.size, seed=seed, split="test")
-    count = min(count, len(source))
+    drawn = source.drawn(count, seed)
     reasons = {n: r for n, r in available(source, tools).items() if r and n in pipe.names}
     names = tuple(name for name in pipe.names if name not in reasons)
     if not names:
         raise ValueError(f"{text} gives none of the model's conditions: {reasons}")
     images, stored = [], []
-    for start in range(0, count, CHUNK):
-        batch = source.batch(np.arange(start, min(start + CHUNK, count)))
+    for start in range(0, len(drawn), CHUNK):
+        batch = source.batch(drawn[start : start + CHUNK])
         images.append(batch["image"])
         stored += extract_all(batch["image"], batch["given"], names, tools)
     images = np.concatenate(images)

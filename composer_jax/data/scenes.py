@@ -198,6 +198,10 @@ class Scenes(Source):
     def __len__(self) -> int:
         return self.count
 
+    def drawn(self, count: int, seed: int) -> np.ndarray:
+        """The first ones: each was drawn by itself."""
+        return np.arange(min(count, self.count))
+
     def batch(self, indices: Sequence[int]) -> dict:
         """Images and all that is known: caption, depth, instances, classes, attributes."""
         described = [describe(self.seed, int(i)) for i in indices]

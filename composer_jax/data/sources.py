@@ -45,6 +45,11 @@ class Source(abc.ABC):
         B is smaller than the number of indices where images cannot be read.
         """
 
+    def drawn(self, count: int, seed: int) -> np.ndarray:
+        """Indices of `count` examples at most, from all over the source and in no order: the files
+        of a folder are sorted, and neighbours are alike."""
+        return np.random.default_rng(seed).permutation(len(self))[:count]
+
 
 @dataclass(frozen=True)
 class Crop:

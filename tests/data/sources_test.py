@@ -76,6 +76,17 @@ def test_a_relative_path_is_another_source_elsewhere(tmp_path, folder, monkeypat
     assert keys[1] == open_source(f"folder:{tmp_path / 'there' / 'photos'}", size=16).key
 
 
+def test_images_are_drawn_from_all_over_a_source(folder):
+    source = open_source(f"folder:{folder}", size=16)
+    draws = [source.drawn(2, seed).tolist() for seed in range(20)]
+    assert draws == [source.drawn(2, seed).tolist() for seed in range(20)]
+    assert all(len(set(draw)) == 2 for draw in draws)
+    assert {index for draw in draws for index in draw} == set(range(len(source)))
+    assert any(draw != sorted(draw) for draw in draws)
+    assert sorted(source.drawn(100, 0)) == list(range(len(source)))
+    assert open_source("scenes:8", size=16).drawn(4, 1).tolist() == [0, 1, 2, 3]
+
+
 def test_crop_is_the_centre(tmp_path):
     image = np.zeros((10, 30, 3), np.uint8)
     image[:, 10:20] = 200
