@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256)
     args = parser.parse_args()
     source = open_source(args.source, size=64, split="test")
-    images = source.batch(range(min(args.count, len(source))))["image"]
+    images = source.batch(source.drawn(args.count, 0))["image"]
     vae, sketch = load_codec(find_part(args.codec, "vae")), conditions.get("sketch")
     decoded = reconstruct(vae, images)
     squared = np.mean((images.astype(np.float64) - decoded) ** 2, axis=(1, 2, 3))

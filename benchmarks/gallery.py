@@ -58,7 +58,7 @@ def main() -> None:
 
 def sheet_of_samples(pipe: Pipeline, source: Source, judges: dict) -> np.ndarray:
     """Images from all over a source, and samples of their conditions."""
-    batch = source.batch(np.linspace(0, len(source) - 1, ROWS).astype(int))
+    batch = source.batch(source.drawn(ROWS, 0))
     tools = pipe.tools(pipe.names) | judges
     stored = extract_all(batch["image"], batch["given"], pipe.names, tools)
     kinds = {name: (name,) for name in pipe.names} | {"everything": pipe.names, "nothing": ()}

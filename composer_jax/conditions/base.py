@@ -232,8 +232,8 @@ def names() -> tuple[str, ...]:
 
 
 def meant(word: str, known: Sequence[str]) -> str:
-    """` (did you mean 'x'?)` where a known word is close to `word`, else nothing."""
-    close = difflib.get_close_matches(str(word), known, n=1)
+    """` (did you mean 'x'?)` where another known word is close to `word`, else nothing."""
+    close = difflib.get_close_matches(str(word), known, n=1) if word not in known else ()
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

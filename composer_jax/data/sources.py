@@ -100,8 +100,7 @@ def open_source(
 
         return Tfds(rest, size=size, crop=crop)
     allowed = "scenes, scenes:COUNT, folder:PATH, tar:GLOB, tfds:NAME; for training cache:DIR"
-    hint = "" if kind in KINDS else meant(kind, KINDS)
-    raise ValueError(f"no source {text!r}{hint}; allowed: {allowed}")
+    raise ValueError(f"no source {text!r}{meant(kind, KINDS)}; allowed: {allowed}")
 
 
 class Images(Source):
