@@ -118,6 +118,9 @@ def _help(parser: Parser, argv: list[str]) -> int:
 
 
 def _version() -> str:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    return f"composer-jax {version('composer-jax')}"
+    try:
+        return f"composer-jax {version('composer-jax')}"
+    except PackageNotFoundError:  # run from a checkout
+        return "composer-jax, not installed"
