@@ -29,7 +29,7 @@ PATCH, EPS = 4, 1e-6
 class DepthConfig:
     """A depth regressor's shape: channels at a quarter and at an eighth of the image's size."""
 
-    widths: tuple[int, int] = (64, 128)
+    widths: tuple[int, int] = (64, 120)
     norm_num_groups: int = 8
 
     def to_dict(self) -> dict:
