@@ -39,9 +39,9 @@ scenes, given nothing / a caption / another's caption / semantics / palette (x0'
 So annealing made detail better and the first guess, from noise, no better: at 5e-4 with batches of
 32 the loss rose from .35 to .38 and came down to .32 with the rate alone.
 
-What made the first better than before, as one run: latents are not folded (`patch=1`: 16 x 16 places
-instead of 8 x 8, four times the arithmetic); the CLIP learnt that captions with two words exchanged
-are false (`scenes64_clip`); batches of 256 in bfloat16.
+What made the first better than before, as one run: latents are not folded (`patch=1`: 16 x 16
+places instead of 8 x 8, four times the arithmetic); the CLIP learnt that captions with two words
+exchanged are false (`scenes64_clip`); batches of 256 in bfloat16.
 
 Why v: near t = 1 a network that predicts flow has to hand its input, the noise, through to its
 output, and a narrow one fails: at t = .999 and given nothing, where one image should be guessed,
