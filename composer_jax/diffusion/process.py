@@ -34,8 +34,8 @@ class Process:
     (Stable Diffusion's 1000 steps, t = (i + 1) / 1000 being step i). `zero_terminal_snr`: rescales
     "sd" so that alpha(1) = 0 (arXiv 2305.08891, algorithm 1). `min_snr`: gamma of min-SNR loss
     weights (arXiv 2303.09556), None for none. `density`: how the flow schedule's training times
-    are drawn, "logit-normal" (arXiv 2403.03206, eq. 19), by the mean `location` of their logits
-    (above 0: nearer to noise), or "uniform".
+    are drawn, "logit-normal" (arXiv 2403.03206, eq. 19) or "uniform"; `location` is added to their
+    logits (above 0: nearer to noise; of uniform times, eq. 23 there with a shift of e^location).
 
     Raises ValueError for anything else, and for "eps" where alpha(1) = 0: there the noise says
     nothing about x0.
@@ -60,8 +60,8 @@ class Process:
             raise ValueError('prediction "eps" cannot start from pure noise; use "v" or "flow"')
         if not is_number(self.location):
             raise ValueError(f"location is {self.location!r}; a number is wanted")
-        if self.location and (self.schedule != "flow" or self.density != "logit-normal"):
-            raise ValueError('location is of density "logit-normal" on schedule "flow" alone')
+        if self.location and self.schedule != "flow":
+            raise ValueError('location is for schedule "flow"; "sd" draws its steps evenly')
         gamma = self.min_snr
         if gamma is not None and not (is_number(gamma) and gamma > 0):
             raise ValueError(f"min_snr is {gamma!r}; a number above 0, or none")
@@ -134,7 +134,8 @@ class Process:
     def sample_times(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Training times, float32: by `density`, or SD's steps evenly."""
         if self.schedule == "flow" and self.density == "uniform":
-            return jax.random.uniform(key, shape)
+            u = jax.random.uniform(key, shape)
+            return u / (u + math.exp(-self.location) * (1.0 - u))
         if self.schedule == "flow":
             return jax.nn.sigmoid(self.location + jax.random.normal(key, shape))
         step = jax.random.randint(key, shape, 1, TIMESTEPS + 1)

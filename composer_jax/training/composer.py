@@ -24,6 +24,8 @@ from composer_jax.storage.models import find_model
 from composer_jax.training.step import Loss
 from composer_jax.training.warm_start import around, going_on
 
+MEANING = ("prediction", "schedule", "zero_terminal_snr")  # of a process: what an output means
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -108,11 +110,13 @@ def _start(
         unet = open_unet(config.init_from)
         tensors, trained, known = around(unet, composer_config), unet.process, ()
     Process.from_dict(trained)  # what is no process is said here
-    for key, value in trained.items():
-        if process.to_dict()[key] != value and not config.init_any_process:
+    for key in MEANING:
+        now = getattr(process, key)
+        was = trained.get(key, now)
+        if now != was and not config.init_any_process:
             raise ValueError(
-                f"process.{key} is {process.to_dict()[key]!r}; {config.init_from} was trained with "
-                f"{value!r}; to teach it the other, set init_any_process=True"
+                f"process.{key} is {now!r}; {config.init_from} was trained with {was!r}; to teach "
+                f"it the other, set init_any_process=True"
             )
     return tensors, [name for name in composer_config.conditions if name not in known]
 

@@ -119,6 +119,9 @@ def test_training_times():
     np.testing.assert_allclose(np.log(near / (1 - near)), logit + 1, atol=2e-3)
     even = np.asarray(Process(density="uniform").sample_times(jax.random.key(0), (20000,)))
     assert abs(even.mean() - 0.5) < 0.01 and abs(even.std() - 12**-0.5) < 0.01
+    shifted = Process(density="uniform", location=1.0)
+    shifted = np.asarray(shifted.sample_times(jax.random.key(0), (20000,)))
+    np.testing.assert_allclose(shifted, np.e * even / (1 + (np.e - 1) * even), rtol=1e-5)
     sd = np.asarray(Process("eps", "sd").sample_times(jax.random.key(0), (20000,)))
     steps = np.asarray(Process("eps", "sd").timestep(sd))
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
@@ -184,7 +187,7 @@ def test_json_both_ways():
         ({"zero_terminal_snr": "yes"}, "true or false"),
         ({"density": "even"}, "allowed: logit-normal, uniform"),
         ({"location": "1"}, "location is '1'"),
-        ({"location": 1.0, "density": "uniform"}, "location is of density"),
+        ({"location": 1.0, "schedule": "sd", "prediction": "v"}, "location is for schedule"),
         ({"min_snr": 0}, "min_snr is 0"),
         ({"min_snr": "5"}, "min_snr is '5'"),
     ],

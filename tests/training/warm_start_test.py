@@ -147,6 +147,7 @@ def composer(tmp_path_factory):
 def test_a_composer_goes_on_from_another_with_fewer_conditions_and_more(composer, tmp_path):
     still = ["steps=1", "sample_every=0", "optimizer.learning_rate=0.0"]
     fewer = [*still, f"init_from={composer}", "conditions=('sketch','caption')"]
+    fewer.append("process.location=1.0")  # which times it learns from is no other process
     train(load_config("scenes64:smoke", fewer), tmp_path / "a")
     before = open_tensors(composer / "model" / "unet.safetensors")
     after = open_tensors(tmp_path / "a" / "model" / "unet.safetensors")
