@@ -63,6 +63,7 @@ is a run of seconds for tests.
 
 from ml_collections import ConfigDict
 
+from composer_jax import conditions
 from composer_jax.models.unet import PRESETS
 from composer_jax.training.config import defaults
 
@@ -97,10 +98,11 @@ def get_config(variant: str = "") -> ConfigDict:
         schedule="flow",
         min_snr=None,
         density="uniform",  # of training times, or "logit-normal"
-        location=0.0,  # of "logit-normal"; above 0: more of what is nearly noise
+        location=0.0,  # added to their logits; above 0: more of what is nearly noise
     )
     config.keep = 0.5  # a condition's chance in training; its own where None
     config.keep_maps = 0.2  # of one that is a map; less leaves more to the other conditions
+    config.keep_each = dict.fromkeys(conditions.names())  # by name, where one differs
     config.drop_all = 0.05
     config.keep_all = 0.1
     config.optimizer.update(

@@ -22,6 +22,7 @@ v5p:2x2x1 --batch 16` says it anew, in a quarter of an hour on 2 cores).
 
 from ml_collections import ConfigDict
 
+from composer_jax import conditions
 from composer_jax.models.unet import PRESETS
 from composer_jax.training.config import defaults
 
@@ -57,6 +58,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.process = dict(prediction="eps", schedule="sd", zero_terminal_snr=False, min_snr=None)
     config.keep = None  # a condition's chance in training; its own where None
     config.keep_maps = None  # of one that is a map, where it differs
+    config.keep_each = dict.fromkeys(conditions.names())  # by name, where one differs
     config.drop_all = 0.1
     config.keep_all = 0.1
     config.optimizer.update(

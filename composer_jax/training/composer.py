@@ -86,14 +86,19 @@ def make_recipe(
 
 
 def chance_of(config, name: str) -> float:
-    """How often a condition is given in training: `keep_maps` of a map, `keep`, or its own."""
+    """How often a condition is given in training: its own chance, or `keep`, or where it is a map
+    `keep_maps`, or what `keep_each` says of it; the last of these that is not None."""
     condition = conditions.get(name)
     chance = condition.keep_probability
-    for key in ("keep", "keep_maps") if condition.spatial else ("keep",):
-        if (asked := config.get(key)) is not None:
-            if not 0.0 <= asked <= 1.0:
-                raise ValueError(f"{key} is {asked}; a number from 0 to 1, or None, is wanted")
-            chance = asked
+    asked = {"keep": config.get("keep")}
+    if condition.spatial:
+        asked["keep_maps"] = config.get("keep_maps")
+    asked[f"keep_each.{name}"] = config.get("keep_each", {}).get(name)
+    for key, value in asked.items():
+        if value is not None:
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{key} is {value}; a number from 0 to 1, or None, is wanted")
+            chance = value
     return chance
 
 

@@ -93,5 +93,10 @@ def test_maps_may_be_kept_less_often_than_the_rest():
     assert chances("keep=0.5", "keep_maps=0.25") == [0.5, 0.25]
     own = load_config("sd15_composer:smoke")
     assert [chance_of(own, name) for name in ("caption", "sketch", "intensity")] == [0.5, 0.5, 0.3]
+    assert chances("keep_maps=0.25", "keep_each.sketch=0.9") == [0.5, 0.9]
+    with pytest.raises(ValueError, match=r"keep_each\.caption is -1\.0; a number from 0 to 1"):
+        chances("keep_each.caption=-1.0")
+    with pytest.raises(ValueError, match=r"did you mean 'keep_each\.caption'"):
+        chances("keep_each.captoin=0.5")
     with pytest.raises(ValueError, match=r"keep_maps is 1\.5; a number from 0 to 1, or None"):
         chances("keep_maps=1.5")
