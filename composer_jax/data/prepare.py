@@ -134,16 +134,17 @@ def _write(source, names, tools, encoders, folder: Path, key: str) -> None:
     if not flat:
         raise ValueError(f"{source.name}: no usable image")
     new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.new")
-    new.mkdir(parents=True)
-    for path in flat[0]:
-        np.save(new / f"{path}.npy", np.concatenate([chunk[path] for chunk in flat]))
-    (new / "made_by.json").write_text(key)
     try:
+        new.mkdir(parents=True)
+        for path in flat[0]:
+            np.save(new / f"{path}.npy", np.concatenate([chunk[path] for chunk in flat]))
+        (new / "made_by.json").write_text(key)
         new.rename(folder)
-    except OSError:  # another run has just written the same
-        shutil.rmtree(new)
-        if not folder.is_dir():
+    except OSError:
+        if not folder.is_dir():  # else another run has just written the same
             raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _flatten(tree: Mapping, prefix: str = ""):
