@@ -75,8 +75,9 @@ def train(
 
     `init()` gives parameters; `batch(step)` this process's part of a batch, numpy arrays. `hooks`:
     (every so many steps, hook) pairs, called at the end, too; `on_save` is called beside each
-    checkpoint; `warm` puts trained weights into a new state. SIGTERM and Ctrl-C save and raise
-    `Interrupted`. Writes metrics.jsonl and TensorBoard events.
+    checkpoint, and of a run that has come to its end already; `warm` puts trained weights into a
+    new state. SIGTERM and Ctrl-C save and raise `Interrupted`. Writes metrics.jsonl and TensorBoard
+    events.
     Raises FloatingPointError, naming the step, where loss or gradient are not finite: the batch is
     in nonfinite-STEP-PROCESS.npz and the last checkpoint stays. Raises OSError where the last one
     could not be written. Ends the process where others of the job are gone.
@@ -109,6 +110,8 @@ def train(
             device = mesh.devices.flat[0]
             compiled = lowered.compile(compiler_options(device)) if lowered else None
             told.flops = step_flops(compiled, device) if compiled else 0.0
+            if not compiled and on_save:  # it may have been killed beside its last checkpoint
+                on_save(start, state)
             for step in range(start, settings.steps):
                 profile.at(step, state)
                 state, metrics = compiled(state, upcoming, seed)

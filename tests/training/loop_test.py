@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from composer_jax.training.loop import Interrupted
+from composer_jax.training.loop import Interrupted, train
 from composer_jax.training.sharding import AXES, make_mesh, shard_tree
 from tests.training import toy
 from tests.training.toy import fit, rows, same, settings
@@ -107,6 +107,14 @@ def test_hooks_have_one_signature_and_their_scalars_are_logged(tmp_path):
     assert seen == [3, 6, 7]
     counted = [row for row in rows(tmp_path) if "counted" in row]
     assert counted == [{"step": step, "counted": float(step)} for step in seen]
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_the_export_exports(tmp_path):
+    saved = []
+    parts = toy.init, toy.loss, toy.optimizer(), toy.batch, settings(4), tmp_path
+    for _ in range(2):
+        train(*parts, on_save=lambda step, state: saved.append((step, int(state.step))))
+    assert saved == [(4, 4), (4, 4)]
 
 
 def test_the_time_of_hooks_is_not_that_of_steps(tmp_path):
