@@ -117,6 +117,14 @@ def get_config(variant: str = "") -> ConfigDict:
         config.dtype, config.sample_every, config.save_every = "float32", 0, 550
         config.keep_maps, config.ema = 0.12, 0.99
         config.optimizer.update(learning_rate=5e-4, warmup=50, decay=0.95)
+    elif variant == "captions":
+        config.init_from, config.seed = "bundled", 20
+        config.source, config.steps, config.batch = "scenes:40000", 2400, 32
+        config.dtype, config.sample_every, config.save_every = "float32", 0, 300
+        config.keep_maps, config.ema = 0.08, 0.99
+        config.keep_each.update(caption=0.75, palette=0.4, semantics=0.15)
+        config.process.location = 1.0
+        config.optimizer.update(learning_rate=3e-4, warmup=50, decay=0.95)
     elif variant:
         _for_two_cores(config)
     if variant == "quick":
@@ -138,9 +146,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.steps, config.batch, config.log_every = 4, 8, 2
         config.model.unet = PRESETS["tiny"].to_dict()
         config.optimizer.warmup = 1
-    elif variant and variant not in ("cpu", "anneal"):
+    elif variant and variant not in ("cpu", "anneal", "captions"):
         raise ValueError(
-            f"scenes64 has no variant {variant!r}; there are cpu, anneal, quick, ablation and smoke"
+            f"scenes64 has no variant {variant!r}; there are cpu, anneal, captions, quick, "
+            "ablation and smoke"
         )
     return config
 
