@@ -48,7 +48,7 @@ So annealing made detail better and the first guess, from noise, no better: at 5
 `:captions`: by the first run's chances a caption is the only condition of 3 % of the examples, and
 what else is there says it better; here it is of 21 %, each condition having a chance of its own,
 and times are nearer to noise, where layouts are decided (t above .8 in 40 %). After a quarter of
-its steps, at nearly the highest rate, captions were at .54 on the 48 scenes: more of the same is
+its steps, at .79 of the highest rate, captions were at .54 on the 48 scenes: more of the same is
 the next thing to try. Sampled otherwise, captions and palettes of these scenes (.62 and .68): 20
 steps .58 and .70; guidance 3 where t is above .4, .59 and .72; guidance 4 where it is above .6,
 .56 and .67. On so few scenes .05 is chance.
