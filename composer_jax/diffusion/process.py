@@ -22,6 +22,7 @@ DENSITIES = ("logit-normal", "uniform")
 SPACINGS = ("uniform", "trailing", "karras")
 RHO = 7.0  # of the "karras" grid
 TIMESTEPS = 1000  # of Stable Diffusion's schedule
+LOCATION = 10.0  # the most that training times may be shifted: by then all are noise, or none
 NEARLY_NONE = 2.0**-12  # the alpha that sigma/alpha is taken at where alpha is 0, diffusers' too
 
 
@@ -58,8 +59,10 @@ class Process:
             raise ValueError('zero_terminal_snr is for schedule "sd"; "flow" has none to remove')
         if self.prediction == "eps" and (self.schedule == "flow" or self.zero_terminal_snr):
             raise ValueError('prediction "eps" cannot start from pure noise; use "v" or "flow"')
-        if not is_number(self.location):
-            raise ValueError(f"location is {self.location!r}; a number is wanted")
+        if not is_number(self.location) or abs(self.location) > LOCATION:
+            raise ValueError(
+                f"location is {self.location!r}; a number from -{LOCATION} to {LOCATION} is wanted"
+            )
         if self.location and self.schedule != "flow":
             raise ValueError('location is for schedule "flow"; "sd" draws its steps evenly')
         gamma = self.min_snr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,8 @@ from composer_jax.models.vae import VAEConfig
 from composer_jax.storage.models import find_model
 from composer_jax.training.step import Loss
 from composer_jax.training.warm_start import around, going_on
+
+log = logging.getLogger("composer_jax")
 
 MEANING = ("prediction", "schedule", "zero_terminal_snr")  # of a process: what an output means
 
@@ -73,6 +76,9 @@ def make_recipe(
     graph = nnx.graphdef(nnx.eval_shape(create))
     constants = jax.device_get(jax.jit(lambda: nnx.state(create(), Constant))())
     keep = np.asarray([chance_of(config, name) for name in names], np.float32)
+    for name, value in config.get("keep_each", {}).items():
+        if value is not None and name not in names:
+            log.warning("keep_each.%s is without effect: %s is not trained", name, name)
     draw = partial(draw_presence, keep=keep, drop_all=config.drop_all, keep_all=config.keep_all)
 
     def composer_of(params) -> Composer:

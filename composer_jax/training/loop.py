@@ -93,6 +93,12 @@ def train(
             lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings
         )
     )
+    if start > settings.steps:
+        checkpoints.close()
+        raise ValueError(
+            f"steps is {settings.steps}, and {workdir} has been trained for {start} steps: ask for "
+            f"as many or more, or for another folder"
+        )
     if start:
         log.info("going on from step %d", start)
     else:

@@ -187,6 +187,7 @@ def test_json_both_ways():
         ({"zero_terminal_snr": "yes"}, "true or false"),
         ({"density": "even"}, "allowed: logit-normal, uniform"),
         ({"location": "1"}, "location is '1'"),
+        ({"location": -800.0}, "location is -800.0; a number from -10.0 to 10.0"),
         ({"location": 1.0, "schedule": "sd", "prediction": "v"}, "location is for schedule"),
         ({"min_snr": 0}, "min_snr is 0"),
         ({"min_snr": "5"}, "min_snr is '5'"),

@@ -18,8 +18,8 @@ NAMES, SIZES = ("depth", "mask", "palette"), {"text_length": 4, "text_width": 8,
 STEPS, BATCH = 5, 16
 
 
-def recipe(dtype="float32"):
-    config = load_config("scenes64:smoke", [f"dtype={dtype}"])
+def recipe(dtype="float32", *overrides):
+    config = load_config("scenes64:smoke", [f"dtype={dtype}", *overrides])
     config.model.stem_width, config.model.context_length = 16, 8
     config.model.unet.block_out_channels = (16,)
     config.model.unet.attention, config.model.unet.heads = (True,), (2,)
@@ -104,3 +104,8 @@ def test_split_parameters_are_whole_in_the_loss_and_their_gradients_are_split():
     for leaf in jax.tree.leaves(gradient):
         assert leaf.dtype == jnp.float32
         np.testing.assert_array_equal(leaf, 2.0)
+
+
+def test_a_chance_of_what_is_not_trained_is_said_to_be_without_effect(caplog):
+    recipe("float32", "keep_each.sketch=0.5", "keep_each.depth=0.5")
+    assert caplog.messages == ["keep_each.sketch is without effect: sketch is not trained"]

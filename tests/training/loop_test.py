@@ -117,6 +117,12 @@ def test_a_run_killed_between_its_last_checkpoint_and_the_export_exports(tmp_pat
     assert saved == [(4, 4), (4, 4)]
 
 
+def test_a_run_is_not_taken_back_to_fewer_steps(tmp_path):
+    fit(tmp_path, settings(4))
+    with pytest.raises(ValueError, match=r"steps is 2, and .* has been trained for 4 steps"):
+        fit(tmp_path, settings(2))
+
+
 def test_the_time_of_hooks_is_not_that_of_steps(tmp_path):
     fit(tmp_path, settings(12, save_every=100), hooks=[(3, lambda step, state: time.sleep(1))])
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
