@@ -25,7 +25,7 @@ from composer_jax.sampling.pipeline import Pipeline
 CHUNK = 16
 OTHERS = (2, 5, 11)  # whose conditions chance is measured by: examples so far on
 ROLLS = ((1, 0), (0, 1), (1, 1))  # half sides, down and right
-LEAST_ROOM = 0.1  # between the scores of floor and oracle; with less nothing is told apart
+LEAST_ROOM = 0.1  # between floor and oracle, in score and excess; with less nothing is told apart
 KNOWN = ("sample", "permuted", "floor", "oracle")
 HEAD = (
     "control", "95 % interval", "sample", "permuted", "floor", "oracle", "image",
@@ -61,7 +61,8 @@ class Control:
 
     @property
     def normalised(self) -> float | None:
-        """(excess - floor's) / (oracle's - floor's), or None with too little room between."""
+        """(excess - floor) / (oracle's - floor), the floor being at least chance, 0; None with too
+        little room between."""
         return self.rows["sample"].normalised
 
     def cells(self) -> list[str]:
@@ -193,8 +194,8 @@ def measure_control(
         return np.nanmean(raw[kind][index], axis=-1) - np.max(above, axis=0)
 
     score = {kind: float(values[valid].mean()) for kind, values in raw.items()}
-    floor, oracle = excess("floor"), excess("oracle")
-    enough = score["oracle"] - score["floor"] >= LEAST_ROOM and oracle > floor
+    floor, oracle = np.maximum(excess("floor"), 0.0), excess("oracle")
+    enough = min(score["oracle"] - score["floor"], oracle - floor) >= LEAST_ROOM
 
     def row(kind: str) -> Row:
         over = float(excess(kind))
@@ -227,7 +228,7 @@ def _interval(excess: Callable, valid: np.ndarray) -> tuple[float, float]:
     """A bootstrap 95 % interval of the sample's normalised excess; `valid` indexes examples."""
     drawn = valid[np.random.default_rng(0).integers(len(valid), size=(2000, len(valid)))]
     with np.errstate(divide="ignore", invalid="ignore"):  # a draw may leave no room
-        floor = excess("floor", drawn)
+        floor = np.maximum(excess("floor", drawn), 0.0)
         shares = (excess("sample", drawn) - floor) / (excess("oracle", drawn) - floor)
     low, high = np.nanpercentile(shares, [2.5, 97.5])
     return float(low), float(high)
