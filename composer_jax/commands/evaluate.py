@@ -22,6 +22,7 @@ from composer_jax.evaluation import experiments, page
 from composer_jax.evaluation.composition import Composition, compose, measurements
 from composer_jax.evaluation.control import (
     HEAD,
+    TOO_NEAR,
     Control,
     degenerate,
     extract_all,
@@ -309,6 +310,9 @@ def _print(controls, together, composition: Composition, reasons, good) -> None:
         for name, control in controls.items()
     ])  # fmt: skip
     _table(["measure of", *HEAD[6:]], [[n, *c.cells()[6:]] for n, c in controls.items()])
+    for name, control in controls.items():
+        if control.normalised is None:
+            print(f"{name} has no control: {TOO_NEAR}")
     for name, reason in reasons.items():
         print(f"{name} is not measured: {reason}")
     if composition.retention:

@@ -26,6 +26,7 @@ CHUNK = 16
 OTHERS = (2, 5, 11)  # whose conditions chance is measured by: examples so far on
 ROLLS = ((1, 0), (0, 1), (1, 1))  # half sides, down and right
 LEAST_ROOM = 0.1  # between floor and oracle, in score and excess; with less nothing is told apart
+TOO_NEAR = f"floor and oracle are less than {LEAST_ROOM} apart, in score or in excess over chance"
 KNOWN = ("sample", "permuted", "floor", "oracle")
 HEAD = (
     "control", "95 % interval", "sample", "permuted", "floor", "oracle", "image",

@@ -9,7 +9,7 @@ import numpy as np
 
 from composer_jax import conditions
 from composer_jax.evaluation.composition import Composition
-from composer_jax.evaluation.control import HEAD, KNOWN, Control
+from composer_jax.evaluation.control import HEAD, KNOWN, TOO_NEAR, Control
 from composer_jax.evaluation.experiments import STRENGTHS
 from composer_jax.evaluation.obedience import taken_out
 from composer_jax.evaluation.pictures import labelled_sheet
@@ -25,7 +25,8 @@ def control_section(page: Report, controls: Mapping[str, Control], reasons: Mapp
         "A condition is taken out of the sample again and compared with what was asked. Control is "
         "the excess over chance, normalised: 0 is the same model without the condition, 1 the "
         "image itself through the codec. Chance is what the same images score for other examples' "
-        "conditions, so that nothing which does not depend on the condition scores above 0."
+        "conditions, so that nothing which does not depend on the condition scores above 0. None "
+        f"is given where {TOO_NEAR}."
     )
     shown = {name: c for name, c in controls.items() if c.normalised is not None}
     values = {name: c.normalised for name, c in shown.items()}

@@ -42,7 +42,10 @@ def test_what_is_there_is_not_made_again(run, measured, capsys):
     after = {path: path.stat().st_mtime_ns for path in sorted((measured / "samples").iterdir())}
     assert {path for path in files if after[path] != before[path]} == {files[3]}
     assert json.loads((measured / "control.json").read_text()) == result
-    assert "retention" in capsys.readouterr().out or not result["retention"]
+    printed = capsys.readouterr().out
+    assert "retention" in printed or not result["retention"]
+    for name, control in result["control"].items():
+        assert (f"{name} has no control: " in printed) == (control["normalised"] is None), name
 
 
 def test_another_evaluation_in_the_same_folder_is_refused(run, measured, capsys):
