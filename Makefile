@@ -1,18 +1,24 @@
 # From a bare machine: `make quickstart` shows the project, `make test` checks it, `make parity`
 # compares it with PyTorch's networks (which it installs), `make transformers5` tests what CLIP
-# does without transformers' own. All make what they need.
+# does without transformers' own. All make what they need. `make test-fast` is for before a commit.
 PYTHON ?= python3
 BIN := .venv/bin
-# two processes, as most of the time XLA compiles, on one thread
-PYTEST := python -m pytest -n 2 --dist loadfile
+# two processes, as most of the time XLA compiles, on one thread; the quickest tests first
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test parity transformers5
+.PHONY: quickstart lint test test-fast parity transformers5
 quickstart: .venv/installed
 	$(BIN)/composer quickstart --out quickstart
 
-test: .venv/installed
+lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+test-fast: lint
+	$(BIN)/$(PYTEST) -m fast
+
+test: lint
 	$(BIN)/$(PYTEST)
+	COMPOSER_TEST_DEVICES=8 $(BIN)/$(PYTEST)
 
 parity: .venv/parity
 	$(BIN)/$(PYTEST) parity

@@ -21,8 +21,8 @@ from jax.experimental import topologies
 
 from composer_jax import conditions
 from composer_jax.diffusion.process import Process
-from composer_jax.models.blocks import abstract
 from composer_jax.models.composer import Composer, ComposerConfig
+from composer_jax.models.initializers import abstract
 from composer_jax.models.unet import PRESETS, UNetConfig
 from composer_jax.models.vae import PRESETS as CODECS
 from composer_jax.models.vae import VAE

@@ -22,7 +22,7 @@ from composer_jax.data.stream import Caches
 from composer_jax.training.composer import make_recipe
 from composer_jax.training.config import load_config
 from composer_jax.training.optimizer import make_optimizer
-from composer_jax.training.state import create_state
+from composer_jax.training.state import abstract_state, start_state
 from composer_jax.training.step import train_step
 from composer_jax.training.tasks import absent_values
 
@@ -51,7 +51,10 @@ def main() -> None:
     absent = absent_values(names, extractors.tools)
     recipe = make_recipe(config, names, extractors.clip.sizes, extractors.vae.config, absent)
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
-    state = jax.jit(lambda: create_state(recipe.init(), optimizer))()
+    shape = abstract_state(recipe.params, optimizer)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: place, shape)
+    state = start_state(recipe.params, optimizer, (), shardings)
     step = partial(train_step, loss=recipe.loss, optimizer=optimizer, ema_decay=config.ema)
     read = cache.batches(config.batch, 0)
     constant, seed = jax.device_put(read(0)), np.uint32(0)

@@ -144,7 +144,7 @@ def our_step(folder: str, dtype: str, x, wanted, t, context):
     import optax
     from flax import nnx
 
-    from composer_jax.models.blocks import abstract
+    from composer_jax.models.initializers import abstract
     from composer_jax.models.pretrained import open_unet
     from composer_jax.models.unet import UNet
 

@@ -165,7 +165,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.warmup = 50
     elif variant == "smoke":
         config.source = "scenes:64"
-        config.steps, config.batch, config.log_every = 4, 8, 2
+        config.steps, config.batch, config.log_every, config.sample_every = 4, 8, 2, 0
         config.model.unet = PRESETS["tiny"].to_dict()
         config.optimizer.warmup = 1
     elif variant and variant not in ("cpu", "anneal", "captions"):

@@ -1,11 +1,22 @@
-"""Settings every test runs under (no silent broadcasting, no key used twice) and one tiny run."""
+"""Settings every test runs under (no silent broadcasting, no key used twice), and tiny models.
+
+Most of what a test costs is compilation (docs/testing.md). So programs are not optimised, but in
+files and tests marked `optimised`, which compare bits or compute much; and there is one device,
+but for those marked `mesh`, which are run apart (`COMPOSER_TEST_DEVICES=8 pytest`).
+"""
 
 import atexit
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    f"--xla_force_host_platform_device_count={os.environ.get('COMPOSER_TEST_DEVICES', '1')}",
+)
+if "COMPOSER_TEST_DEVICES" not in os.environ:  # processes that tests start inherit it
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one test compiled, the next one takes
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="composer-jax-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -19,16 +30,40 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is for the other run; the rest begins with what is quickest."""
+    alone = jax.device_count() == 1
+    wanted = {item: (item.get_closest_marker("mesh") is None) == alone for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if not wanted[item]])
+    items[:] = [item for item in items if wanted[item]]
+    items.sort(key=lambda item: item.get_closest_marker("fast") is None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Programs are shared within a file; all of them would fill the memory of a laptop."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of a file compile anything
+def pytest_runtest_setup(item):
+    """Programs are optimised where that is asked for."""
+    marked = {mark.name for mark in item.iter_markers()}
+    jax.config.update("jax_disable_most_optimizations", not marked & {"optimised", "mesh"})
+
+
 @pytest.fixture(scope="session")
 def perturbed():
     """Moves all parameters of a module at random: no zero of the initialisation hides anything."""
 
     def move(module, seed):
-        leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        pairs = zip(leaves, keys, strict=True)
-        moved = [a + 0.05 * jax.random.normal(k, a.shape) for a, k in pairs]
-        nnx.update(module, jax.tree.unflatten(tree, moved))
+        rng = np.random.default_rng(seed)
+
+        def moved(array):
+            return jax.device_put(array + 0.05 * rng.standard_normal(array.shape, np.float32))
+
+        nnx.update(module, jax.tree.map(moved, jax.device_get(nnx.state(module, nnx.Param))))
         return module
 
     return move
@@ -36,12 +71,13 @@ def perturbed():
 
 @pytest.fixture(scope="session")
 def drawn():
-    """A module, built by a function, of random numbers; nothing is initialised or compiled."""
+    """A network of random numbers, none of them 0."""
 
-    def draw(build, seed):
+    def draw(network, *args, seed, **options):
         from composer_jax.models.files import fill_module, in_memory, module_tensors
+        from composer_jax.models.initializers import abstract
 
-        module, rng = nnx.eval_shape(build), np.random.default_rng(seed)
+        module, rng = abstract(network, *args, **options), np.random.default_rng(seed)
         random = {
             name: in_memory(0.3 * rng.standard_normal(tensor.shape, np.float32))
             for name, tensor in module_tensors(module).items()
@@ -78,19 +114,42 @@ def save_sd():
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    """A composer of all eight conditions, trained for four steps: its workdir."""
-    from composer_jax.commands.train import train
-    from composer_jax.training.config import load_config
+def run(tmp_path_factory, perturbed):
+    """A workdir as training leaves one, of a composer of all eight conditions, random weights, and
+    a codec that is little more than the best linear one."""
+    import skimage.data
 
-    workdir = tmp_path_factory.mktemp("run")
-    train(load_config("scenes64:smoke", ["ema_lengths=0.05,0.1"]), workdir)
+    from composer_jax.models.composer import Composer
+    from composer_jax.models.initializers import described, initialised
+    from composer_jax.models.vae import PRESETS, VAE, pca_skip
+    from composer_jax.storage.models import BUNDLED, save_model, save_part
+    from composer_jax.training.plan import composer_config
+    from tests.small import small_config
+
+    config = small_config()
+    shape, absent = composer_config(config)
+    workdir, parts = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("parts")
+    vae = described(VAE, replace(PRESETS["scenes64"], block_out_channels=(16,)))
+    photo = skimage.data.astronaut().reshape(8, 64, 8, 64, 3).swapaxes(1, 2)
+    pca_skip(vae, photo.reshape(-1, 64, 64, 3).astype(np.float32) / 127.5 - 1.0)
+    save_part(parts / "vae", initialised(vae, 0))
+    shutil.copytree(BUNDLED / "clip", parts / "clip")
+    info = {
+        "process": config.process.to_dict(),
+        "image_size": config.image_size,
+        "sampler": config.sampler.to_dict(),
+        "source": config.source,
+        "clip_text": {"skip": config.clip_text.skip, "pad": None},
+        "step": 0,
+    }
+    composer = initialised(described(Composer, shape, absent), 0)
+    save_model(workdir / "model", perturbed(composer, 1), parts, info)
     return workdir
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pipe(run):
-    """The sampler of that run; tests share its compiled programs."""
+    """The sampler of that composer; the tests of a file share its compiled programs."""
     from composer_jax.sampling.pipeline import Pipeline
 
     return Pipeline.load(run)

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import composer_jax
+
+pytestmark = pytest.mark.fast
 
 HOUSE = Path(composer_jax.__file__).parent
 ROOMS = {

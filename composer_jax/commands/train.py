@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,7 +24,6 @@ from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import only
 from composer_jax.training.tasks import Task, make_task, open_data
-from composer_jax.training.warm_start import start_from
 
 PREFIX = "--config."
 SHOWN = 8  # examples in a sample grid
@@ -116,8 +114,8 @@ def train(config: ConfigDict, workdir: Path) -> Task:
                 draw(step)
 
         hooks.append((config.sample_every, sample))
-    warm = partial(start_from, tensors=task.start) if task.start else None
-    run_loop(task.init, loss, optimizer, data.batch, settings, workdir, hooks, export, warm)
+    about = [config.to_dict(), task.about]
+    run_loop(task.params, loss, optimizer, data.batch, settings, workdir, hooks, export, about)
     return task
 
 

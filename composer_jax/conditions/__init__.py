@@ -1,6 +1,15 @@
 """What an image is made of: one file a condition, found by name (`get`, `names`)."""
 
-from composer_jax.conditions.base import Condition, Feature, Part, Value, get, names, register
+from composer_jax.conditions.base import (
+    Condition,
+    Feature,
+    Part,
+    Value,
+    fingerprint,
+    get,
+    names,
+    register,
+)
 from composer_jax.conditions.image import load_array, load_image
 
 __all__ = [
@@ -8,6 +17,7 @@ __all__ = [
     "Feature",
     "Part",
     "Value",
+    "fingerprint",
     "get",
     "load_array",
     "load_image",

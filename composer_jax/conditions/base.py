@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import difflib
+import hashlib
 import importlib
 import pkgutil
 import re
@@ -229,6 +230,14 @@ def names() -> tuple[str, ...]:
     for module, path in modules.items():
         _load(module, path)
     return tuple(sorted(n for n, c in _REGISTERED.items() if _visible(c, modules)))
+
+
+def fingerprint(conditions: Sequence[str]) -> str:
+    """A digest of the files of some conditions: which code made something."""
+    digest = hashlib.sha256()
+    for module in sorted({_module(get(name)) for name in conditions}):
+        digest.update(Path(sys.modules[module].__file__).read_bytes())
+    return digest.hexdigest()
 
 
 def meant(word: str, known: Sequence[str]) -> str:

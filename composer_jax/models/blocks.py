@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,57 +12,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from composer_jax.models.convolution import convolve, convolve_doubled
+from composer_jax.models.initializers import embedding_normal, lecun_normal, ones, zeros
 from composer_jax.models.mesh import scattered, split
 
-ZEROS = nnx.initializers.zeros_init()  # for the last layer of a branch around a skip
+START = {"kernel_init": lecun_normal, "bias_init": zeros}
+NORM_START = {"scale_init": ones, "bias_init": zeros}
 MASKED = -1e9  # what a token that must not be seen gets in its attention logits; finite, no NaN
 
 
 def default_dtype() -> type:
     """What networks run in where nobody says: bfloat16 on accelerators, float32 on CPU."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-
-
-class Keys:
-    """Keys for initialisers, in place of `nnx.Rngs`, whose count is itself traced.
-
-    That makes the time to trace a module quadratic in its parameters: 8 s for Stable Diffusion's
-    UNet, where this takes 1 s.
-    """
-
-    def __init__(self, seed: int):
-        self._key, self._count = jax.random.key(seed), 0
-
-    def params(self) -> jax.Array:
-        """The next key."""
-        self._count += 1
-        return jax.random.fold_in(self._key, self._count)
-
-
-class _NoKeys(Keys):
-    """Keys of a network of which shapes alone are wanted."""
-
-
-def abstract(network: Callable[..., nnx.Module], *args: Any, **options: Any) -> Any:
-    """A network without its numbers, to be filled; tracing draws no random ones either."""
-    return nnx.eval_shape(lambda: network(*args, **options, rngs=_NoKeys(0)))
-
-
-def lecun_normal(key: jax.Array, shape: Sequence[int], dtype, **options) -> jax.Array:
-    """Flax's own initialiser of kernels [..., C_in, C_out], number for number, drawn with two axes.
-
-    Truncated normal, of variance 1 / (all axes but the last). XLA's CPU backend takes up to ten
-    times as long to compile a draw with four.
-    """
-    two = math.prod(shape[:-1]), shape[-1]
-    return nnx.initializers.lecun_normal()(key, two, dtype, **options).reshape(shape)
-
-
-def with_start(options: dict[str, Any]) -> dict[str, Any]:
-    """`options` of a layer, with what its kernel starts from."""
-    if isinstance(options["rngs"], _NoKeys):
-        return options | {"kernel_init": ZEROS}
-    return {"kernel_init": lecun_normal} | options
 
 
 def space_to_depth(x: Float[Array, "b H W c"], factor: int) -> Float[Array, "b h w d"]:
@@ -81,10 +39,15 @@ def depth_to_space(x: Float[Array, "b h w d"], factor: int) -> Float[Array, "b H
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, -1)
 
 
+def conv(c_in: int, c_out: int, kernel: tuple[int, int], **options) -> nnx.Conv:
+    """A convolution; `options` are `nnx.Conv`'s."""
+    return nnx.Conv(c_in, c_out, kernel, **START | options)
+
+
 def conv3(c_in: int, c_out: int, *, stride: int = 1, padding=1, **options) -> nnx.Conv:
     """A 3 x 3 convolution; `options` are `nnx.Conv`'s."""
     options = {"conv_general_dilated": convolve} | options
-    return nnx.Conv(c_in, c_out, (3, 3), strides=stride, padding=padding, **with_start(options))
+    return conv(c_in, c_out, (3, 3), strides=stride, padding=padding, **options)
 
 
 @jax.named_scope("linear")
@@ -103,17 +66,28 @@ def matmul(x, kernel, *_, precision=None, **__) -> jax.Array:
 
 def linear(c_in: int, c_out: int, **options) -> nnx.Linear:
     """A linear layer over the last axis; `options` are `nnx.Linear`'s."""
-    return nnx.Linear(c_in, c_out, dot_general=matmul, **with_start(options))
+    return nnx.Linear(c_in, c_out, **START | {"dot_general": matmul} | options)
 
 
 def conv1(c_in: int, c_out: int, **options) -> nnx.Conv:
     """A 1 x 1 convolution; `options` are `nnx.Conv`'s."""
-    return nnx.Conv(c_in, c_out, (1, 1), conv_general_dilated=matmul, **with_start(options))
+    return conv(c_in, c_out, (1, 1), conv_general_dilated=matmul, **options)
 
 
 def group_norm(channels: int, groups: int, eps: float, *, dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """GroupNorm over channels-last arrays."""
-    return nnx.GroupNorm(channels, num_groups=groups, epsilon=eps, dtype=dtype, rngs=rngs)
+    options = {"num_groups": groups, "epsilon": eps, "dtype": dtype, "rngs": rngs}
+    return nnx.GroupNorm(channels, **NORM_START, **options)
+
+
+def layer_norm(width: int, eps: float, *, dtype=None, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the last axis."""
+    return nnx.LayerNorm(width, epsilon=eps, **NORM_START, dtype=dtype, rngs=rngs)
+
+
+def embed(count: int, width: int, *, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table of `count` vectors."""
+    return nnx.Embed(count, width, embedding_init=embedding_normal, rngs=rngs)
 
 
 class ResnetBlock(nnx.Module):
@@ -139,7 +113,7 @@ class ResnetBlock(nnx.Module):
         if time_width is not None:
             self.time_emb_proj = linear(time_width, c_out, **options)
         self.norm2 = group_norm(c_out, groups, eps, **options)
-        self.conv2 = conv3(c_out, c_out, kernel_init=ZEROS, **options)
+        self.conv2 = conv3(c_out, c_out, kernel_init=zeros, **options)
         if c_in != c_out:
             self.conv_shortcut = conv1(c_in, c_out, **options)
 

@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx, traverse_util
 from jaxtyping import Array, Float, Int
 
-from composer_jax.models.blocks import abstract, linear
+from composer_jax.models.blocks import conv, embed, layer_norm, linear
 from composer_jax.models.files import module_tensors
+from composer_jax.models.initializers import abstract, zeros
 from composer_jax.models.transformer import ACTIVATIONS, TransformerLayer
 
 MAX_LAYERS = 200
@@ -107,8 +108,8 @@ class TextEmbeddings(nnx.Module):
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.token_embedding = nnx.Embed(config.vocab_size, width, rngs=rngs)
-        self.position_embedding = nnx.Embed(config.max_position_embeddings, width, rngs=rngs)
+        self.token_embedding = embed(config.vocab_size, width, rngs=rngs)
+        self.position_embedding = embed(config.max_position_embeddings, width, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """ids [B, L]; returns [B, L, D]."""
@@ -123,9 +124,9 @@ class VisionEmbeddings(nnx.Module):
         width, patch = config.hidden_size, (config.patch_size,) * 2
         positions = (config.image_size // config.patch_size) ** 2 + 1
         options = {"strides": patch, "padding": "VALID", "use_bias": False, "rngs": rngs}
-        self.class_embedding = nnx.Param(jnp.zeros(width))
-        self.patch_embedding = nnx.Conv(config.num_channels, width, patch, **options)
-        self.position_embedding = nnx.Embed(positions, width, rngs=rngs)
+        self.class_embedding = nnx.Param(zeros(rngs.params(), (width,)))
+        self.patch_embedding = conv(config.num_channels, width, patch, **options)
+        self.position_embedding = embed(positions, width, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         """pixels [B, h, w, 3], normalised; returns [B, 1 + patches, D]."""
@@ -238,4 +239,4 @@ def random_params(network: CLIP, scale: float, seed: int) -> dict[str, Any]:
 
 
 def _norm(config: TowerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+    return layer_norm(config.hidden_size, config.layer_norm_eps, rngs=rngs)

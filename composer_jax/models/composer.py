@@ -21,7 +21,8 @@ from jaxtyping import Array, Float
 from composer_jax import conditions
 from composer_jax.conditions import Part
 from composer_jax.conditions.base import meant
-from composer_jax.models.blocks import MASKED, with_start
+from composer_jax.models.blocks import MASKED, START
+from composer_jax.models.initializers import described, initialised, start_at_zero
 from composer_jax.models.resizer import Stem, VectorProjection, shrink
 from composer_jax.models.unet import UNet, UNetConfig
 
@@ -183,7 +184,7 @@ class Composer(nnx.Module):
                     out = config.tokens_per_vector * width
                     tokens[key] = VectorProjection(size, part.norm, width, out, **options)
                 elif size != width:
-                    tokens[key] = nnx.Linear(size, width, **with_start(options))
+                    tokens[key] = nnx.Linear(size, width, **START, **options)
         self.stems, self.embeddings = nnx.Dict(stems), nnx.Dict(embeddings)
         self.tokens = nnx.Dict(tokens)
         self.absent = nnx.Dict(
@@ -308,23 +309,23 @@ class Composer(nnx.Module):
         return jnp.concatenate(mix, axis=1), jnp.concatenate(bias, axis=1)
 
 
-def grow(model: Composer, name: str, absent: Values | None = None, *, rngs: nnx.Rngs) -> Composer:
+def grow(model: Composer, name: str, absent: Values | None = None, *, seed: int) -> Composer:
     """A composer with one condition more; every older subset gives the same output as before.
 
     The new stem, timestep embedding and tokens start with zero output; tokens take free slots of
-    the padded context. `absent`: the new condition's, where its absence is encoded. Raises
-    ValueError where the condition is already there or its tokens do not fit.
+    the padded context. `absent`: the new condition's, where its absence is encoded; `seed`: of its
+    layers. Raises ValueError where the condition is already there or its tokens do not fit.
     """
     if name in model.config.conditions:
         raise ValueError(f"the model already has the condition {name}")
     config = replace(model.config, conditions=(*model.config.conditions, name))
     old = {key: {part: v[...] for part, v in parts.items()} for key, parts in model.absent.items()}
-    new = Composer(config, {**old, **(absent or {})}, dtype=model.dtype, rngs=rngs)
+    new = described(Composer, config, {**old, **(absent or {})}, dtype=model.dtype)
     silence(new, name)
     for part_name in config.parts(name):
         if f"{name}_{part_name}" in new.stems:
-            last = new.stems[f"{name}_{part_name}"].conv_out
-            last.kernel[...] = jnp.zeros_like(last.kernel[...])
+            start_at_zero(new.stems[f"{name}_{part_name}"].conv_out.kernel)
+    new = initialised(new, seed)
     nnx.update(new, nnx.state(model))
     return new
 
@@ -335,5 +336,4 @@ def silence(model: Composer, name: str) -> None:
         for part_name in model.config.parts(name):
             if f"{name}_{part_name}" in projections:
                 projection = projections[f"{name}_{part_name}"]
-                last = getattr(projection, "linear_2", projection)
-                last.kernel[...] = jnp.zeros_like(last.kernel[...])
+                start_at_zero(getattr(projection, "linear_2", projection).kernel)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from composer_jax.models.blocks import conv1, conv3, depth_to_space, linear
+from composer_jax.models.blocks import conv, conv1, conv3, depth_to_space, layer_norm, linear
 from composer_jax.models.depth import Preprocess, check_types, depth_tool
+from composer_jax.models.initializers import embedding_normal, lecun_normal, zeros
 from composer_jax.models.resample import resample
 from composer_jax.models.transformer import TransformerLayer
 from composer_jax.models.vae import strict
@@ -95,11 +96,11 @@ class Backbone(nnx.Module):
 
     def __init__(self, config: DPTConfig, *, dtype, rngs: nnx.Rngs):
         self.config, width, side = config, config.width, config.patch
-        normal = nnx.initializers.normal(0.02)
-        self.cls_token = nnx.Param(normal(rngs.params(), (1, 1, width)))
-        self.position_embeddings = nnx.Param(normal(rngs.params(), (1, config.grid**2 + 1, width)))
+        self.cls_token = nnx.Param(embedding_normal(rngs.params(), (1, 1, width)))
+        positions = (1, config.grid**2 + 1, width)
+        self.position_embeddings = nnx.Param(embedding_normal(rngs.params(), positions))
         options = {"dtype": dtype, "rngs": rngs}
-        self.projection = nnx.Conv(3, width, (side, side), strides=side, padding="VALID", **options)
+        self.projection = conv(3, width, (side, side), strides=side, padding="VALID", **options)
         options |= {"eps": config.eps, "layer_scale": config.family == "depth_anything"}
         self.layers = nnx.List(
             [
@@ -108,7 +109,7 @@ class Backbone(nnx.Module):
             ]
         )
         if config.normed_taps:
-            self.layernorm = nnx.LayerNorm(width, epsilon=config.eps, dtype=dtype, rngs=rngs)
+            self.layernorm = layer_norm(width, config.eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b H W 3"]) -> list[jax.Array]:
         """images [B, H, W, 3], at least a patch large; returns class and patch tokens apart,
@@ -143,9 +144,9 @@ class Enlarge(nnx.Module):
 
     def __init__(self, channels: int, factor: int, *, dtype, rngs: nnx.Rngs):
         self.factor, self.dtype = factor, dtype
-        init = nnx.initializers.lecun_normal()
-        self.up_kernel = nnx.Param(init(rngs.params(), (factor, factor, channels, channels)))
-        self.bias = nnx.Param(jnp.zeros(channels))
+        kernel = (factor, factor, channels, channels)
+        self.up_kernel = nnx.Param(lecun_normal(rngs.params(), kernel))
+        self.bias = nnx.Param(zeros(rngs.params(), (channels,)))
 
     def __call__(self, x_BxhxwxC: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
         """x [B, h, w, C]; returns [B, f h, f w, C], f the factor."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from composer_jax.models.blocks import abstract, default_dtype
+from composer_jax.models.blocks import default_dtype
 from composer_jax.models.depth import Preprocess, check_type
 from composer_jax.models.dpt import DPT, DPTConfig
 from composer_jax.models.files import (
@@ -24,6 +24,7 @@ from composer_jax.models.files import (
     read_json,
 )
 from composer_jax.models.hub import find_folder
+from composer_jax.models.initializers import abstract
 from composer_jax.models.peers import Rules, from_peer
 
 KIND = "dpt"

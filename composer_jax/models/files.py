@@ -28,11 +28,19 @@ MAX_JSON = 2**24  # bytes of a model's JSON
 
 @dataclass(frozen=True)
 class Tensor:
-    """Shape and dtype of an array, and how to get it. `read` raises ValueError where it cannot."""
+    """Shape and dtype of an array, and how to get it. `read` raises ValueError where it cannot.
+
+    `read_part(index)`: the same as `read()[index]`, where a part can be had for less.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    read_part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
+
+    def part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """`read()[index]`, and no more than that is made where `read_part` is there."""
+        return self.read_part(index) if self.read_part else self.read()[index]
 
     def apply(self, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
         """The same through `change`, which may move axes and shape, called when it is read."""
@@ -251,6 +259,11 @@ def module_tensors(module: nnx.Module) -> dict[str, Tensor]:
     """All arrays of a module, or their shapes alone, by dotted path."""
     flat = nnx.to_flat_state(nnx.state(module))
     return {".".join(map(str, path)): in_memory(value.get_value()) for path, value in flat}
+
+
+def dotted(path) -> str:
+    """The name of a leaf by its key path: "unet.conv_in.kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def on_device(tensor: Tensor, dtype) -> jax.Array:

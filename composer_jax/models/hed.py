@@ -16,8 +16,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from composer_jax.models.blocks import abstract, conv1, conv3
+from composer_jax.models.blocks import conv1, conv3
 from composer_jax.models.files import Tensor, compare
+from composer_jax.models.initializers import abstract
 
 DEPTHS, WIDTHS = (2, 2, 3, 3, 3), (64, 128, 256, 512, 512)  # VGG16's blocks
 MEAN = (122.67892, 116.66877, 104.00699)  # of ImageNet, RGB, taken away; the network sees BGR

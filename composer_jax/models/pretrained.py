@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from composer_jax.models import layouts
-from composer_jax.models.blocks import abstract
 from composer_jax.models.files import (
     FORMAT,
     Tensor,
@@ -31,6 +30,7 @@ from composer_jax.models.files import (
     read_json,
 )
 from composer_jax.models.hub import find_folder
+from composer_jax.models.initializers import abstract
 from composer_jax.models.peers import Rules, from_peer
 from composer_jax.models.unet import UNet, UNetConfig
 from composer_jax.models.vae import VAE, VAEConfig

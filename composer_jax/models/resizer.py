@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from composer_jax.models.blocks import linear, space_to_depth, with_start
+from composer_jax.models.blocks import conv, linear, space_to_depth
 
 
 class Stem(nnx.Module):
@@ -23,10 +23,10 @@ class Stem(nnx.Module):
         self, channels: int, out_channels: int, width: int, factor: int, *, dtype, rngs: nnx.Rngs
     ):
         self.factor = factor
-        conv = with_start({"kernel_size": (3, 3), "padding": 1, "dtype": dtype, "rngs": rngs})
-        self.conv_in = nnx.Conv(channels * factor**2 + 1, width, **conv)
-        self.conv_mid = nnx.Conv(width, width, **conv)
-        self.conv_out = nnx.Conv(width, out_channels, **conv)
+        options = {"kernel": (3, 3), "padding": 1, "dtype": dtype, "rngs": rngs}
+        self.conv_in = conv(channels * factor**2 + 1, width, **options)
+        self.conv_mid = conv(width, width, **options)
+        self.conv_out = conv(width, out_channels, **options)
 
     def __call__(self, maps: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
         """maps in [0, 1], [B, H, W, C], H and W multiples of the factor; returns latent size."""

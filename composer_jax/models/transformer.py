@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from composer_jax.models.blocks import attend, linear
+from composer_jax.models.blocks import attend, layer_norm, linear
+from composer_jax.models.initializers import ones
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -65,13 +65,13 @@ class TransformerLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "rngs": rngs}
-        self.layer_norm1 = nnx.LayerNorm(width, epsilon=eps, **options)
+        self.layer_norm1 = layer_norm(width, eps, **options)
         self.self_attn = SelfAttention(width, heads, **options)
-        self.layer_norm2 = nnx.LayerNorm(width, epsilon=eps, **options)
+        self.layer_norm2 = layer_norm(width, eps, **options)
         self.mlp = MLP(width, hidden, activation, **options)
         if layer_scale:
-            self.layer_scale1 = nnx.Param(jnp.ones(width))
-            self.layer_scale2 = nnx.Param(jnp.ones(width))
+            self.layer_scale1 = nnx.Param(ones(rngs.params(), (width,)))
+            self.layer_scale2 = nnx.Param(ones(rngs.params(), (width,)))
 
     def __call__(self, x: Float[Array, "b n c"], causal: bool = False) -> Float[Array, "b n c"]:
         """x [B, N, C]; returns the same shape."""

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 
 from composer_jax.conditions.base import meant
 from composer_jax.models.blocks import (
-    ZEROS,
     Attention,
     Downsample,
     ResnetBlock,
@@ -22,10 +21,12 @@ from composer_jax.models.blocks import (
     conv3,
     depth_to_space,
     group_norm,
+    layer_norm,
     linear,
     space_to_depth,
 )
 from composer_jax.models.feedforward import FeedForward
+from composer_jax.models.initializers import zeros
 from composer_jax.models.vae import check_sizes, check_widths, strict
 
 REMAT = ("none", "attention", "blocks")  # what is computed again for the gradient, not kept
@@ -99,7 +100,7 @@ PRESETS = {
         in_channels=6 + 32,
         out_channels=6,
         block_out_channels=(16, 32),
-        attention=(True, True),
+        attention=(False, True),
         heads=(2, 2),
         layers_per_block=1,
         cross_attention_dim=128,
@@ -134,11 +135,11 @@ class TransformerBlock(nnx.Module):
 
     def __init__(self, width: int, context: int, heads: int, *, dtype, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
-        self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, **options)
+        self.norm1 = layer_norm(width, 1e-5, **options)
         self.attn1 = Attention(width, width, heads, bias=False, **options)
-        self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, **options)
+        self.norm2 = layer_norm(width, 1e-5, **options)
         self.attn2 = Attention(width, context, heads, bias=False, **options)
-        self.norm3 = nnx.LayerNorm(width, epsilon=1e-5, **options)
+        self.norm3 = layer_norm(width, 1e-5, **options)
         self.ff = FeedForward(width, **options)
 
     def __call__(self, x: Float[Array, "b n c"], projected, bias) -> Float[Array, "b n c"]:
@@ -159,10 +160,10 @@ class Transformer(nnx.Module):
         self.transformer_blocks = nnx.List([block])
         if self.linear:
             self.proj_in = linear(channels, channels, **options)
-            self.proj_out = linear(channels, channels, kernel_init=ZEROS, **options)
+            self.proj_out = linear(channels, channels, kernel_init=zeros, **options)
         else:
             self.proj_in = conv1(channels, channels, **options)
-            self.proj_out = conv1(channels, channels, kernel_init=ZEROS, **options)
+            self.proj_out = conv1(channels, channels, kernel_init=zeros, **options)
 
     def __call__(self, x: Float[Array, "b h w c"], context: Context, bias):
         """x [B, H, W, C]; takes its (k, v) off the front of `context`; returns x's shape."""
@@ -267,7 +268,7 @@ class UNet(nnx.Module):
             up.append(Block(pairs, heads[i], "up" if i > 0 else None, config, **options))
         self.up_blocks = nnx.List(up)
         self.conv_norm_out = group_norm(widths[0], config.norm_num_groups, 1e-5, **options)
-        self.conv_out = conv3(widths[0], config.out_channels * fold, kernel_init=ZEROS, **options)
+        self.conv_out = conv3(widths[0], config.out_channels * fold, kernel_init=zeros, **options)
 
     def _transformers(self) -> list[Transformer]:
         """All transformers in the order of evaluation."""

@@ -24,6 +24,7 @@ from composer_jax.models.blocks import (
     linear,
     space_to_depth,
 )
+from composer_jax.models.initializers import start_at_zero
 
 EPS = 1e-6
 
@@ -326,14 +327,17 @@ def pca_skip(vae: VAE, images: Float[Array, "b H W 3"]) -> None:
     values, vectors = np.linalg.eigh(np.cov((patches - mean).T))
     keep = slice(-1, -config.latent_channels - 1, -1)
     basis, std = vectors[:, keep], np.sqrt(values[keep])
-    vae.encoder_skip.kernel[...] = jnp.asarray(basis / std, jnp.float32)
-    vae.encoder_skip.bias[...] = jnp.asarray(-mean @ (basis / std), jnp.float32)
-    vae.decoder_skip.kernel[...] = jnp.asarray((basis * std).T, jnp.float32)
-    vae.decoder_skip.bias[...] = jnp.asarray(mean, jnp.float32)
+    logvar = np.repeat([0.0, -6.0], config.latent_channels)
+    for variable, numbers in (
+        (vae.encoder_skip.kernel, basis / std),
+        (vae.encoder_skip.bias, -mean @ (basis / std)),
+        (vae.decoder_skip.kernel, (basis * std).T),
+        (vae.decoder_skip.bias, mean),
+        (vae.quant_conv.bias, logvar),
+    ):
+        variable.set_value(jax.device_put(numbers.astype(np.float32)))
     for layer in (vae.quant_conv, vae.decoder.conv_out):
-        layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
-    logvar = jnp.where(jnp.arange(2 * config.latent_channels) < config.latent_channels, 0.0, -6.0)
-    vae.quant_conv.bias[...] = logvar
+        start_at_zero(layer.kernel)
 
 
 def standardised(config: VAEConfig, moments: np.ndarray) -> VAEConfig:

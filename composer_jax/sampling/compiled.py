@@ -1,7 +1,6 @@
-"""Programs traced once and kept as StableHLO: what starts again does not trace our Python.
+"""The sampler's programs, traced once and kept: what starts again does not trace our Python.
 
-A program's file is `jax.export`'s serialisation of a function of plain dicts, weights by name and
-inputs; no pickle. XLA's own work is kept beside it by JAX's persistent compilation cache.
+A program's file (`storage/programs.py`) is a function of weights by name and inputs:
 
     from jax import export
     call = export.deserialize(bytearray(Path("HASH.stablehlo").read_bytes())).call
@@ -11,20 +10,20 @@ inputs; no pickle. XLA's own work is kept beside it by JAX's persistent compilat
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax import export
 
-import composer_jax
+from composer_jax.storage.programs import (
+    kept_programs,
+    open_program,
+    program_name,
+    write_program,
+)
 
-SUFFIX = ".stablehlo"
-OURS = ("conditions", "diffusion", "models", "sampling")  # whose code a program is made of
+ROOMS = ("conditions", "diffusion", "models", "sampling")  # whose code a program is made of
 
 
 class Programs:
@@ -37,8 +36,7 @@ class Programs:
     """
 
     def __init__(self, run: Callable, about: Mapping[str, Any], shipped: Path):
-        cache = jax.config.jax_compilation_cache_dir
-        self._keep = Path(cache) / "programs" if cache else None
+        self._keep = kept_programs()
         self._about, self.shipped = about, shipped
         self._traced = jax.jit(run, static_argnums=0)
         self._opened: dict[tuple, Callable] = {}  # by kind and sizes of the inputs
@@ -55,7 +53,7 @@ class Programs:
             if not (found or self._keep):
                 return self._traced(kind, weights, inputs)
             path = found or self.export(self._keep, kind, weights, inputs)
-            self._opened[sizes] = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
+            self._opened[sizes] = jax.jit(open_program(path))
         return self._opened[sizes](weights, inputs)
 
     def count(self) -> int:
@@ -64,27 +62,10 @@ class Programs:
 
     def name(self, kind: Any, weights: Mapping[str, jax.Array], inputs: Mapping[str, Any]) -> str:
         """The file of a program: a digest of everything that its trace depends on."""
-        shapes = jax.tree.map(lambda a: f"{a.dtype}{a.shape}", [weights, inputs])
-        versions = [_fingerprint(), jax.__version__, jax.local_devices()[0].platform]
-        about = [versions, self._about, repr(kind), shapes]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32] + SUFFIX
+        return program_name(ROOMS, [self._about, repr(kind)], [weights, inputs])
 
     def export(self, folder: Path, kind: Any, weights, inputs) -> Path:
         """Traces a program and writes its file into `folder`, in one move; returns its path."""
-        traced = export.export(jax.jit(functools.partial(self._traced, kind)))(weights, inputs)
         path = folder / self.name(kind, weights, inputs)
-        folder.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}")
-        new.write_bytes(traced.serialize())
-        os.replace(new, path)
+        write_program(path, jax.jit(functools.partial(self._traced, kind)), weights, inputs)
         return path
-
-
-@functools.cache
-def _fingerprint() -> str:
-    """A digest of the code that programs are traced from."""
-    digest, root = hashlib.sha256(), Path(composer_jax.__file__).parent
-    for folder in OURS:
-        for path in sorted((root / folder).glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -77,6 +77,7 @@ class Pipeline:
         about = {"model": model.composer.config.to_dict(), "codec": model.vae.config.to_dict()}
         about |= {"guide": guide and guide.composer.config.to_dict()}
         about |= {"process": self.process.to_dict()}
+        about |= {"conditions": conditions.fingerprint(self.names)}
         self._program = Programs(run, about, model.clip.parent / "programs")
         self._encode = jax.jit(encode)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from composer_jax.models.blocks import abstract, default_dtype
+from composer_jax.models.blocks import default_dtype
 from composer_jax.models.composer import Composer, ComposerConfig
 from composer_jax.models.detectors import DepthConfig, DepthRegressor
 from composer_jax.models.files import (
@@ -34,6 +34,7 @@ from composer_jax.models.files import (
     write_json,
     write_tensors,
 )
+from composer_jax.models.initializers import abstract
 from composer_jax.models.objects import ObjectConfig, ObjectDetector
 from composer_jax.models.pretrained import open_vae
 from composer_jax.models.vae import VAE

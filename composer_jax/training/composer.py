@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,15 +15,15 @@ from flax import nnx
 
 from composer_jax import conditions
 from composer_jax.diffusion.process import Process
-from composer_jax.models.blocks import Keys
 from composer_jax.models.composer import Composer, ComposerConfig, Constant, silence
 from composer_jax.models.files import Tensor
+from composer_jax.models.initializers import described, drawn
 from composer_jax.models.pretrained import open_unet
 from composer_jax.models.unet import UNetConfig
 from composer_jax.models.vae import VAEConfig
 from composer_jax.storage.models import find_model
 from composer_jax.training.step import Loss
-from composer_jax.training.warm_start import around, going_on
+from composer_jax.training.warm_start import around, going_on, start_from
 
 log = logging.getLogger("composer_jax")
 
@@ -32,18 +32,17 @@ MEANING = ("prediction", "schedule", "zero_terminal_snr")  # of a process: what 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a composer is trained: `init()` gives parameters, `loss` is the step's.
-
-    `start`: tensors of the network that it is built around, {} for none. `composer(params)` puts
-    parameters into a composer.
+    """How a composer is trained: `params`, `Tensor`s not read yet, are what it starts from, the
+    network's that it is built around among them; `constants` are not trained; `loss` is the step's;
+    `composer(params)` puts parameters into a composer.
     """
 
     config: ComposerConfig
     process: Process
-    init: Callable[[], Any]
+    params: Any
+    constants: Any
     loss: Loss
     composer: Callable[[Any], Composer]
-    start: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def make_recipe(
@@ -66,15 +65,13 @@ def make_recipe(
     start, fresh = _start(config, composer_config, process)
     dtype = jnp.dtype(config.dtype)
 
-    def create() -> Composer:
-        options = {"remat": config.get("remat", "none"), "dtype": dtype}
-        composer = Composer(composer_config, absent, **options, rngs=Keys(config.seed))
-        for name in fresh:
-            silence(composer, name)
-        return composer
-
-    graph = nnx.graphdef(nnx.eval_shape(create))
-    constants = jax.device_get(jax.jit(lambda: nnx.state(create(), Constant))())
+    options = {"remat": config.get("remat", "none"), "dtype": dtype}
+    network = described(Composer, composer_config, absent, **options)
+    for name in fresh:
+        silence(network, name)
+    graph = nnx.graphdef(network)
+    constants = jax.device_get(nnx.state(network, Constant))
+    params = start_from(drawn(nnx.state(network, nnx.Param), config.seed), start)
     keep = np.asarray([chance_of(config, name) for name in names], np.float32)
     for name, value in config.get("keep_each", {}).items():
         if value is not None and name not in names:
@@ -87,8 +84,7 @@ def make_recipe(
     def loss(params, batch, keys):
         return composer_loss(composer_of(params), codec, process, batch, keys, draw)
 
-    init = lambda: nnx.state(create(), nnx.Param)  # noqa: E731
-    return Recipe(composer_config, process, init, loss, composer_of, start)
+    return Recipe(composer_config, process, params, constants, loss, composer_of)
 
 
 def chance_of(config, name: str) -> float:

@@ -8,19 +8,21 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
+from composer_jax.models.files import dotted
 from composer_jax.storage.checkpoints import Checkpoints
 from composer_jax.training.cluster import Stop, leave
 from composer_jax.training.hardware import compiler_options, step_flops
+from composer_jax.training.kept import compile_step
 from composer_jax.training.log import Log, NonFinite
-from composer_jax.training.sharding import dotted, make_mesh, shard_tree, to_devices
-from composer_jax.training.state import TrainState, create_state
+from composer_jax.training.sharding import make_mesh, shard_tree, to_devices
+from composer_jax.training.state import TrainState, abstract_state, start_state
 from composer_jax.training.step import Loss, jit_step
 
 log = logging.getLogger("composer_jax")
@@ -61,7 +63,7 @@ Hook = Callable[[int, TrainState], Mapping[str, float] | None]
 
 
 def train(
-    init: Callable[[], dict],
+    params: Any,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     batch: Callable[[int], dict],
@@ -69,23 +71,22 @@ def train(
     workdir: Path,
     hooks: Sequence[tuple[int, Hook]] = (),
     on_save: Hook | None = None,
-    warm: Callable[[TrainState], TrainState] | None = None,
+    about: Any = None,
 ) -> TrainState:
-    """Trains from the newest whole checkpoint in `workdir`, or from `init()`, to `settings.steps`.
+    """Trains from the newest whole checkpoint in `workdir`, or from `params`, to `settings.steps`.
 
-    `init()` gives parameters; `batch(step)` this process's part of a batch, numpy arrays. `hooks`:
-    (every so many steps, hook) pairs, called at the end, too; `on_save` is called beside each
-    checkpoint, and of a run that has come to its end already; `warm` puts trained weights into a
-    new state. SIGTERM and Ctrl-C save and raise `Interrupted`. Writes metrics.jsonl and TensorBoard
-    events.
+    `params`: a tree of arrays, or of `Tensor`s, which a new run alone reads; `batch(step)`: this
+    process's part of a batch, numpy arrays. `hooks`: (every so many steps, hook) pairs, called at
+    the end, too; `on_save` is called beside each checkpoint, and of a run that has come to its end
+    already; `about`: as `compile_step` takes it. SIGTERM and Ctrl-C save and raise `Interrupted`.
+    Writes metrics.jsonl and TensorBoard events.
     Raises FloatingPointError, naming the step, where loss or gradient are not finite: the batch is
     in nonfinite-STEP-PROCESS.npz and the last checkpoint stays. Raises OSError where the last one
     could not be written. Ends the process where others of the job are gone.
     """
     profile = _Profile(settings.profile, workdir / "tensorboard")
     mesh = make_mesh(**settings.mesh)
-    create = partial(create_state, optimizer=optimizer, lengths=settings.lengths)
-    shapes = jax.eval_shape(lambda: create(init()))
+    shapes = abstract_state(params, optimizer, settings.lengths)
     shardings = shard_tree(shapes, mesh, settings.sharding)
     checkpoints = Checkpoints(workdir / "checkpoints")
     start, state, notes = checkpoints.restore(
@@ -102,8 +103,8 @@ def train(
     if start:
         log.info("going on from step %d", start)
     else:
-        state = jax.jit(lambda: create(init()), out_shardings=shardings)()
-        state = warm(state) if warm else state
+        state = start_state(params, optimizer, settings.lengths, shardings)
+    del params
 
     jitted = jit_step(shardings, loss, optimizer, settings.ema, settings.accumulate, settings.dtype)
     seed = np.uint32(settings.seed)
@@ -111,16 +112,17 @@ def train(
     try:
         with _failures_explained(batch, workdir), Stop() as stop:
             upcoming = to_devices(batch(start), mesh) if start < settings.steps else None
-            with jax.set_mesh(mesh):  # by which kernels are split over devices
-                lowered = jitted.lower(state, upcoming, seed) if upcoming else None
-            device = mesh.devices.flat[0]
-            compiled = lowered.compile(compiler_options(device)) if lowered else None
-            told.flops = step_flops(compiled, device) if compiled else 0.0
-            if not compiled and on_save:  # it may have been killed beside its last checkpoint
+            if upcoming:
+                device = mesh.devices.flat[0]
+                options = compiler_options(device)
+                with jax.set_mesh(mesh):  # by which kernels are split over devices
+                    step_of, compiled = compile_step(jitted, state, upcoming, seed, options, about)
+                told.flops = step_flops(compiled, device)
+            elif on_save:  # it may have been killed beside its last checkpoint
                 on_save(start, state)
             for step in range(start, settings.steps):
                 profile.at(step, state)
-                state, metrics = compiled(state, upcoming, seed)
+                state, metrics = step_of(state, upcoming, seed)
                 done = step + 1
                 told.add(done, metrics)
                 if done < settings.steps:  # the host makes the next batch while the device works

@@ -11,7 +11,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from composer_jax.conditions.base import meant
-from composer_jax.training.sharding import dotted
+from composer_jax.models.files import dotted
 
 OPTIMIZERS = ("adamw", "muon")
 MU_DTYPES = ("float32", "bfloat16")

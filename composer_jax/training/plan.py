@@ -26,7 +26,7 @@ from composer_jax.training.composer import make_recipe
 from composer_jax.training.hardware import Chip, chip_of, compiler_options
 from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
-from composer_jax.training.state import create_state
+from composer_jax.training.state import abstract_state
 from composer_jax.training.step import jit_step, only
 
 MOST = 64  # examples a device: tiny models have room for thousands, and XLA no end with them
@@ -79,11 +79,11 @@ def compile_step(config, devices: list, batch: int) -> tuple[Any, str]:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch < 1 or batch % parts:
         raise ValueError(f"batch {batch} is no multiple of the {parts} parts of data x fsdp")
-    init, loss, shapes = _composer(config, batch)
+    params, loss, shapes = _composer(config, batch)
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
     loss, optimizer = only(config.trainable, loss, optimizer)
     lengths = tuple(config.ema_lengths)
-    abstract = jax.eval_shape(lambda: create_state(init(), optimizer, lengths))
+    abstract = abstract_state(params, optimizer, lengths)
     shardings = shard_tree(abstract, mesh, tuple(config.sharding))
 
     def placed(shape, sharding):
@@ -185,10 +185,9 @@ def known_chip(devices: list) -> Chip | None:
     return chip_of(devices[0].device_kind)
 
 
-def _composer(config, batch: int):
-    """init, loss and the shapes of a batch."""
-    if config.task != "composer":
-        raise ValueError(f"task {config.task!r} has no plan; allowed: composer")
+def composer_config(config) -> tuple[ComposerConfig, dict]:
+    """The composer that a config trains, of its conditions or of all there are, and zeros for the
+    values of those whose absence is encoded; nothing but the shapes of codec and CLIP is read."""
     names = tuple(config.conditions) or tuple(conditions.names())
     for name in names:
         conditions.get(name)
@@ -196,20 +195,26 @@ def _composer(config, batch: int):
     model = {key: value for key, value in config.model.items() if key != "unet"}
     unet = UNetConfig.from_dict(config.model.unet.to_dict())
     shape = ComposerConfig(unet, names, sizes, codec.latent_channels, codec.factor, **model)
+    absent = {
+        name: {key: jnp.zeros(part.shape) for key, part in shape.parts(name).items()}
+        for name in names
+        if type(conditions.get(name)).absent is not Condition.absent
+    }
+    return shape, absent
+
+
+def _composer(config, batch: int):
+    """Parameters, unread, loss and the shapes of a batch."""
+    if config.task != "composer":
+        raise ValueError(f"task {config.task!r} has no plan; allowed: composer")
+    shape, absent = composer_config(config)
+    codec = codec_config(config.codec)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.init_from = ""
-    recipe = make_recipe(config, names, sizes, codec, _absent(shape))
-    return recipe.init, recipe.loss, batch_shapes(config, names, sizes, codec, batch)
-
-
-def _absent(shape: ComposerConfig) -> dict:
-    """Zeros where a condition's absence has an encoding; numbers make no difference to a plan."""
-    return {
-        name: {key: jnp.zeros(part.shape) for key, part in shape.parts(name).items()}
-        for name in shape.conditions
-        if type(conditions.get(name)).absent is not Condition.absent
-    }
+    recipe = make_recipe(config, shape.conditions, shape.sizes, codec, absent)
+    shapes = batch_shapes(config, shape.conditions, shape.sizes, codec, batch)
+    return recipe.params, recipe.loss, shapes
 
 
 def batch_shapes(

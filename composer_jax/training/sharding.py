@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from composer_jax.models.files import dotted
+
 AXES = ("data", "fsdp", "tensor")
 
 
@@ -41,11 +43,6 @@ def to_devices(tree, mesh: Mesh):
     """Puts this process's part of a batch, numpy arrays, on the mesh's devices."""
     place = batch_sharding(mesh)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(place, a), tree)
-
-
-def dotted(path) -> str:
-    """The name of a leaf by its key path: "unet.conv_in.kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def shard_tree(tree, mesh: Mesh, rules: Sequence[tuple[str, str]]):

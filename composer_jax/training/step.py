@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from composer_jax.models.files import dotted
 from composer_jax.training.ema import average
-from composer_jax.training.sharding import dotted, gathered
+from composer_jax.training.sharding import gathered
 from composer_jax.training.state import TrainState
 
 # of parameters, a batch and a key for each of its examples: the mean loss, and scalars for the log

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from composer_jax import conditions
 from composer_jax.data.captions import altered
 from composer_jax.data.extractors import load_extractors
 from composer_jax.data.pipeline import batches
-from composer_jax.data.prepare import prepare
+from composer_jax.data.prepare import fingerprint, prepare
 from composer_jax.data.scenes import EXCLUSIVE, Scenes
 from composer_jax.data.sources import Source, open_source
 from composer_jax.data.stream import Caches, is_cache
-from composer_jax.models.blocks import Keys, abstract
 from composer_jax.models.clip import small_clip
 from composer_jax.models.detectors import DepthConfig, DepthRegressor, depth_loss
 from composer_jax.models.files import Tensor, module_tensors
+from composer_jax.models.initializers import described, drawn
 from composer_jax.models.objects import ObjectConfig, ObjectDetector, object_loss
 from composer_jax.models.vae import VAE, VAEConfig, codec_loss, pca_skip, standardised
 from composer_jax.storage.models import replacing, save_model, save_part
@@ -54,18 +54,18 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """`init()` gives parameters, which learn from `data`.
+    """`params`, arrays or `Tensor`s not read yet, learn from `data`.
 
-    `export(params, step)` writes `workdir/model`; `start`: trained weights by parameter, which a
-    new run begins with; `tensors(params)`: a composer's trained tensors by name.
+    `export(params, step)` writes `workdir/model`; `tensors(params)`: a composer's trained tensors
+    by name; `about`: what the loss depends on beside the config, as JSON's types.
     """
 
-    init: Callable[[], Any]
+    params: Any
     loss: Loss
     data: Data
     export: Callable[[Any, int], None]
-    start: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: Callable[[Any], dict[str, Tensor]] | None = None
+    about: Any = None
 
 
 def open_data(text: str, config, split: str = "train") -> Source | Caches:
@@ -152,14 +152,10 @@ def codec_task(config, source: Source | Caches, workdir: Path) -> Task:
     vae_config = VAEConfig.from_dict(config.model.to_dict())
     dtype = jnp.dtype(config.dtype)
 
-    def create() -> VAE:
-        vae = VAE(vae_config, dtype=dtype, rngs=Keys(config.seed))
-        if vae_config.linear_skip:
-            pca_skip(vae, to_unit(jnp.asarray(pool["image"][:512])))
-        return vae
-
-    graph = nnx.graphdef(abstract(VAE, vae_config, dtype=dtype))
-    start = nnx.state(create())
+    network = described(VAE, vae_config, dtype=dtype)
+    if vae_config.linear_skip:
+        pca_skip(network, to_unit(jnp.asarray(pool["image"][:512])))
+    graph, start = nnx.split(network)
 
     def loss(params, batch, keys):
         images = to_unit(batch["image"])
@@ -174,7 +170,7 @@ def codec_task(config, source: Source | Caches, workdir: Path) -> Task:
         vae.config = standardised(vae_config, moments)
         save_part(workdir / "model" / "vae", vae)
 
-    return Task(lambda: start, loss, data, export)
+    return Task(drawn(start, config.seed), loss, data, export)
 
 
 def clip_task(config, source: Source | Caches, workdir: Path) -> Task:
@@ -223,7 +219,7 @@ def clip_task(config, source: Source | Caches, workdir: Path) -> Task:
         del step
         clip.with_params(params).save(workdir / "model" / "clip")
 
-    return Task(lambda: clip.params, loss, data, export)
+    return Task(clip.params, loss, data, export)
 
 
 def depth_task(config, source: Source | Caches, workdir: Path) -> Task:
@@ -231,10 +227,7 @@ def depth_task(config, source: Source | Caches, workdir: Path) -> Task:
     data = _data(config, source, workdir, _stored(("depth",)), ("depth",))
     model_config, depth = DepthConfig.from_dict(config.model.to_dict()), conditions.get("depth")
 
-    def create() -> DepthRegressor:
-        return DepthRegressor(model_config, dtype=config.dtype, rngs=Keys(config.seed))
-
-    graph = nnx.graphdef(nnx.eval_shape(create))
+    graph, start = nnx.split(described(DepthRegressor, model_config, dtype=config.dtype))
 
     def loss(params, batch, keys):
         del keys
@@ -246,7 +239,7 @@ def depth_task(config, source: Source | Caches, workdir: Path) -> Task:
         regressor = nnx.merge(graph, params)
         save_part(workdir / "model" / "depth", regressor, "float16")
 
-    return Task(lambda: nnx.state(create()), loss, data, export)
+    return Task(drawn(start, config.seed), loss, data, export)
 
 
 def objects_task(config, source: Source | Caches, workdir: Path) -> Task:
@@ -262,10 +255,7 @@ def objects_task(config, source: Source | Caches, workdir: Path) -> Task:
     data = _data(config, source, workdir, take, encoders=encoders, made_by=made_by)
     model_config = ObjectConfig.from_dict(config.model.to_dict())
 
-    def create() -> ObjectDetector:
-        return ObjectDetector(model_config, dtype=config.dtype, rngs=Keys(config.seed))
-
-    graph = nnx.graphdef(nnx.eval_shape(create))
+    graph, start = nnx.split(described(ObjectDetector, model_config, dtype=config.dtype))
 
     def loss(params, batch, keys):
         detector, images = nnx.merge(graph, params), to_unit(batch["image"])
@@ -275,7 +265,7 @@ def objects_task(config, source: Source | Caches, workdir: Path) -> Task:
         del step
         save_part(workdir / "model" / "objects", nnx.merge(graph, params), "float16")
 
-    return Task(lambda: nnx.state(create()), loss, data, export)
+    return Task(drawn(start, config.seed), loss, data, export)
 
 
 def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
@@ -309,7 +299,8 @@ def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
         every = module_tensors(recipe.composer(params))
         return {name: t for name, t in every.items() if not name.startswith("absent.")}
 
-    return Task(recipe.init, recipe.loss, data, export, recipe.start, tensors)
+    about = [fingerprint(recipe.constants), conditions.fingerprint(names)]
+    return Task(recipe.params, recipe.loss, data, export, tensors, about)
 
 
 def absent_values(names, tools: Mapping[str, Any]) -> dict:

@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from composer_jax.models.composer import ComposerConfig
-from composer_jax.models.files import Tensor, open_tensors, read_json
+from composer_jax.models.files import Tensor, dotted, open_tensors, read_json
 from composer_jax.models.pretrained import Pretrained
-from composer_jax.training.sharding import dotted
-from composer_jax.training.state import TrainState
 
 # of a process; the rest is how it is trained, which may change
 NETWORKS_OWN = ("prediction", "schedule", "zero_terminal_snr")
@@ -86,25 +83,16 @@ def going_on(
     return tensors, process, known
 
 
-def start_from(state: TrainState, tensors: dict[str, Tensor]) -> TrainState:
-    """A new state whose parameters, and their average, hold `tensors` where these have the name.
+def start_from(params, tensors: dict[str, Tensor]) -> Any:
+    """Parameters with `tensors`, unread, in the places of those that have their names.
 
-    Each tensor is read once and goes to where its parameter lies. Raises ValueError for a name or
-    shape that the parameters do not have.
+    Raises ValueError for a name or shape that the parameters do not have.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(state.params)
-    shapes = {dotted(path): leaf.shape for path, leaf in flat}
+    flat, tree = jax.tree_util.tree_flatten_with_path(params)
+    named = {dotted(path): leaf for path, leaf in flat}
     for name, tensor in tensors.items():
-        if shapes.get(name) != tensor.shape:
-            raise ValueError(
-                f"the start has {name} {list(tensor.shape)}; the model {shapes.get(name)}"
-            )
-
-    def placed(name: str, leaf: jax.Array) -> jax.Array:
-        if name not in tensors:
-            return leaf
-        array = tensors[name].read().astype(leaf.dtype)
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
-
-    params = jax.tree.unflatten(tree, [placed(dotted(path), leaf) for path, leaf in flat])
-    return replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+        shape = named[name].shape if name in named else None
+        if shape != tensor.shape:
+            raise ValueError(f"the start has {name} {list(tensor.shape)}; the model {shape}")
+        named[name] = tensor.cast(named[name].dtype)
+    return jax.tree.unflatten(tree, named.values())

@@ -13,6 +13,7 @@ from PIL import Image
 import composer_jax as cj
 from composer_jax import conditions
 from composer_jax.cli import HUGE_PAGES, main
+from tests.small import small_config
 
 
 @pytest.fixture
@@ -180,7 +181,6 @@ register(Brightness())
 def test_a_ninth_condition_is_one_file(tmp_path, photo, monkeypatch, capsys):
     from composer_jax.commands.train import train
     from composer_jax.evaluation.control import extract_all, measure_control, sample_each
-    from composer_jax.training.config import load_config
 
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "brightness.py").write_text(NINTH)
@@ -189,8 +189,7 @@ def test_a_ninth_condition_is_one_file(tmp_path, photo, monkeypatch, capsys):
     assert main(["decompose", str(photo), "--out", str(out)]) == 0
     assert (out / "photo" / "brightness.npy").is_file()
     workdir = tmp_path / "run"
-    overrides = ["conditions=brightness,sketch", "steps=1"]
-    train(load_config("scenes64:smoke", overrides), workdir)
+    train(small_config(["conditions=brightness,sketch", "steps=1"]), workdir)
     words = ["sample", "--model", workdir, "--brightness", 0.8, "--steps", 1, "--out", out]
     assert main([str(word) for word in words]) == 0
     assert "given brightness" in capsys.readouterr().out

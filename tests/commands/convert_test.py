@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from composer_jax.cli import main
-from composer_jax.models.blocks import Keys
 from composer_jax.models.clip import Clip
 from composer_jax.models.files import in_memory, module_tensors, open_tensors, write_tensors
 from composer_jax.models.layouts import compvis_unet_rules
@@ -32,8 +31,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def sd(drawn, save_sd, tmp_path_factory):
     codec = VAEConfig(block_out_channels=(32, 64), layers_per_block=1)
     unet, vae = (
-        drawn(lambda: UNet(UNET, rngs=Keys(0)), 1),
-        drawn(lambda: VAE(codec, rngs=Keys(0)), 2),
+        drawn(UNet, UNET, seed=1),
+        drawn(VAE, codec, seed=2),
     )
     return save_sd(tmp_path_factory.mktemp("sd"), unet, vae)
 
@@ -89,7 +88,7 @@ def test_a_model_goes_to_diffusers_or_is_told_why_not(run, tmp_path, capfd):
 
 def test_what_a_single_file_predicts_is_left_open_or_given(sd, drawn, tmp_path, capfd):
     config = replace(UNET, use_linear_projection=True, heads=(1, 1))
-    unet = drawn(lambda: UNet(config, rngs=Keys(0)), 1)
+    unet = drawn(UNet, config, seed=1)
     path = tmp_path / "v2.safetensors"
     write_tensors(path, to_peer(module_tensors(unet), compvis_unet_rules(config)))
     ours = tmp_path / "ours"

@@ -7,9 +7,9 @@ from PIL import Image
 
 from composer_jax import conditions
 from composer_jax.cli import main
-from composer_jax.models.blocks import Keys
 from composer_jax.models.dpt import DPT, DPTConfig, Preprocess
 from composer_jax.models.files import module_tensors, write_json, write_tensors
+from composer_jax.models.initializers import described, initialised
 from composer_jax.storage.models import BUNDLED
 
 
@@ -29,7 +29,9 @@ def network(tmp_path_factory):
     images = Preprocess(size=(16, 16), multiple=4)
     config = DPTConfig(**shape, **neck, preprocess=images)
     write_json(folder / "config.json", {"format": 1, "kind": "dpt", **config.to_dict()})
-    write_tensors(folder / "model.safetensors", module_tensors(DPT(config, rngs=Keys(0))))
+    write_tensors(
+        folder / "model.safetensors", module_tensors(initialised(described(DPT, config), 0))
+    )
     return folder
 
 

@@ -11,15 +11,18 @@ import time
 import pytest
 
 from composer_jax.cli import main
+from tests.small import OVERRIDES
 
-FILE = """
+FILE = f"""
+SMALL = {OVERRIDES}
+
 def get_sweep():
-    return {
+    return {{
         "config": "scenes64:smoke",
-        "overrides": ("steps=1", "conditions=palette", "source=scenes:8"),
-        "runs": {"bad": ("source=folder:nowhere",), "good": ()},
+        "overrides": ("steps=1", "conditions=palette", "source=scenes:8", *SMALL),
+        "runs": {{"bad": ("source=folder:nowhere",), "good": ()}},
         "evaluate": ("--count", 2, "--seeds", 1, "--steps", 1, "--experiments", ""),
-    }
+    }}
 """
 
 

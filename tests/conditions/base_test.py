@@ -11,6 +11,8 @@ import composer_jax.conditions as conditions
 from composer_jax.conditions import Condition, Feature, Part, get, names, register
 from composer_jax.conditions.base import slerp
 
+pytestmark = pytest.mark.fast
+
 NINTH = """
     import numpy as np
     import jax.numpy as jnp

@@ -9,6 +9,8 @@ from PIL import Image
 
 from composer_jax.conditions.image import fit_map, load_array, load_image, load_rgba
 
+pytestmark = pytest.mark.fast
+
 SIZES = st.tuples(st.integers(1, 23), st.integers(1, 23))
 
 

@@ -10,6 +10,8 @@ from skimage import data
 from composer_jax.conditions import mask as module
 from composer_jax.conditions.mask import Mask
 
+pytestmark = pytest.mark.fast
+
 SIZES = ((1, 1, 3), (1, 8, 3), (5, 3, 3), (21, 13, 3))  # few: JAX compiles for each
 IMAGES = hnp.arrays(np.uint8, st.sampled_from(SIZES), fill=st.integers(0, 255))
 

@@ -16,6 +16,8 @@ from composer_jax.conditions.palette import (
     nearest_table,
 )
 
+pytestmark = pytest.mark.fast
+
 IMAGES = hnp.arrays(
     np.uint8,
     st.tuples(st.integers(1, 19), st.integers(1, 19), st.just(3)),

@@ -3,10 +3,13 @@
 import re
 
 import numpy as np
+import pytest
 
 from composer_jax.data.captions import altered
 from composer_jax.data.scenes import EXCLUSIVE, TEST_SEED, describe
 from composer_jax.evaluation.facts import stated
+
+pytestmark = pytest.mark.fast
 
 
 def test_one_word_becomes_another_of_its_kind():

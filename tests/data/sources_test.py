@@ -8,6 +8,8 @@ from PIL import Image
 
 from composer_jax.data.sources import open_source
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -25,6 +25,8 @@ from composer_jax.diffusion import (
 )
 from composer_jax.diffusion.guidance import BUCKETS, bucket
 
+pytestmark = pytest.mark.fast
+
 NAMES = ("caption", "depth", "palette", "sketch")
 TIMES = np.linspace(1, 0, 11, dtype=np.float32)[:-1]
 LEFT = np.repeat([[1.0, 0.0]], 2, axis=0)

@@ -12,6 +12,8 @@ from composer_jax.evaluation.judges import scenes_judges
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.models import ASSETS
 
+pytestmark = pytest.mark.optimised  # much is computed
+
 COUNT, SEED = 16, 77  # scenes of a seed that nothing was chosen on
 
 

@@ -16,6 +16,8 @@ from composer_jax.evaluation.control import (
 from composer_jax.evaluation.judges import scenes_judges
 from composer_jax.storage.models import find_part
 
+pytestmark = pytest.mark.optimised  # much is computed
+
 COUNT = 64  # of fewer scenes noise may have some depth in common with them
 
 

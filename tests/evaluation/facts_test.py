@@ -7,6 +7,8 @@ from composer_jax.data.scenes import TEST_SEED, describe
 from composer_jax.evaluation.facts import FACTS, FactReader, check, stated
 from composer_jax.models.objects import Thing
 
+pytestmark = pytest.mark.fast
+
 RED_CONE = Thing("cone", "red", "large", -0.5, 4.0)
 BLUE_BALL = Thing("ball", "blue", "small", 0.4, 6.0)
 

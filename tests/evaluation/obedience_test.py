@@ -7,6 +7,8 @@ import composer_jax as cj
 from composer_jax.diffusion import use
 from composer_jax.evaluation.obedience import obedience, pairs
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def scene():

@@ -5,6 +5,8 @@ import pytest
 
 from composer_jax.evaluation.quality import cmmd, diversity, effnet_features, frechet, kid, quality
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def features():

@@ -5,9 +5,12 @@ import io
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from composer_jax.evaluation.report import Report
+
+pytestmark = pytest.mark.fast
 
 
 def test_a_page_is_self_contained():

@@ -9,6 +9,8 @@ import pytest
 
 from composer_jax.evaluation.sweeps import FAILED, MEASURED, TRAINED, Table, interval, results
 
+pytestmark = pytest.mark.fast
+
 
 def made(folder, control, losses):
     (folder / TRAINED).mkdir(parents=True)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,6 +13,7 @@ import skimage.data
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
 
 from composer_jax.models.bpe import build_vocabulary
 from composer_jax.models.clip import Clip, contrastive_loss, small_clip
@@ -70,13 +72,19 @@ def test_embeddings_equal_the_peers(clip, folder, peer):
     pixels = processor(photos(), return_tensors="np")["pixel_values"]
     with jax.numpy_rank_promotion("allow"):
         text = unit(peer.get_text_features(**encoded))  # with a mask: the vector is the same
-        tokens = peer.module.apply(
-            {"params": peer.params},
-            encoded["input_ids"],
-            np.ones_like(encoded["input_ids"]),
-            np.tile(np.arange(48), (len(CAPTIONS), 1)),
-            method=lambda module, *inputs: module.text_model(*inputs).last_hidden_state,
-        )
+
+        @jax.jit
+        def tokens_of(params, ids, places):
+            return peer.module.apply(
+                {"params": params},
+                ids,
+                jnp.ones_like(ids),
+                places,
+                method=lambda module, *inputs: module.text_model(*inputs).last_hidden_state,
+            )
+
+        places = np.tile(np.arange(48), (len(CAPTIONS), 1))
+        tokens = tokens_of(peer.params, encoded["input_ids"], places)
         image = unit(peer.get_image_features(pixels))
     ours = clip.text(CAPTIONS)
     np.testing.assert_array_equal(ours["ids"], encoded["input_ids"])
@@ -220,17 +228,20 @@ def test_training_pairs_images_with_their_captions(clip):
     batch, ids = images(4, seed=5), clip.tokenize(CAPTIONS)
     optimizer = optax.adam(1e-3)
 
+    params, nested = ravel_pytree(clip.params)
+
     @jax.jit
-    def step(params, state):
-        (loss, metrics), grads = jax.value_and_grad(clip.loss, has_aux=True)(params, batch, ids)
+    def step(params, state):  # on all parameters as one array
+        of = jax.value_and_grad(lambda p: clip.loss(nested(p), batch, ids), has_aux=True)
+        (loss, metrics), grads = of(params)
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state, loss, metrics
 
-    params, state = clip.params, optimizer.init(clip.params)
+    state = optimizer.init(params)
     for _ in range(100):
         params, state, loss, metrics = step(params, state)
     assert loss < 0.2 and metrics["accuracy"] == 1.0
-    trained = clip.with_params(params)
+    trained = clip.with_params(nested(params))
     similarity = trained.image(batch) @ trained.text(CAPTIONS)["vector"].T
     assert similarity.argmax(axis=1).tolist() == [0, 1, 2, 3]
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from composer_jax.models.composer import Composer, ComposerConfig, grow
+from composer_jax.models.initializers import described, initialised
 from composer_jax.models.resizer import shrink
 from composer_jax.models.unet import PRESETS
 
@@ -50,10 +51,9 @@ def model(perturbed):
 
 
 def created(config, seed=0):
-    """A composer, initialised in one compiled program."""
+    """A composer, initialised."""
     with_absent = absent(config) if "caption" in config.conditions else None
-    build = nnx.jit(lambda: Composer(config, with_absent, rngs=nnx.Rngs(seed)))
-    return build()
+    return initialised(described(Composer, config, with_absent), seed)
 
 
 def evaluate(model, given, strength):
@@ -110,9 +110,10 @@ def test_strength_moves_from_absent_to_given(model):
         assert np.max(np.abs(half - none)) > 1e-4 and np.max(np.abs(half - full)) > 1e-4, name
 
 
+@pytest.mark.mesh
 def test_growing_keeps_every_older_subset_bit_for_bit(model):
-    grown = grow(model, "depth", rngs=nnx.Rngs(4))
-    grown = grow(grown, "intensity", rngs=nnx.Rngs(5))
+    grown = grow(model, "depth", seed=4)
+    grown = grow(grown, "intensity", seed=5)
     given = values(grown.config, 5)
     for subset in range(0, 32, 3):
         old = [float(subset >> i & 1) for i in range(5)]
@@ -121,17 +122,18 @@ def test_growing_keeps_every_older_subset_bit_for_bit(model):
         np.testing.assert_array_equal(before, evaluate(grown, given, [*old, 1.0, 1.0]))
 
 
+@pytest.mark.mesh
 def test_growing_a_vector_takes_free_slots(model):
     config = replace(model.config, conditions=("caption", "sketch"), context_length=10)
     small = created(config)
-    grown = grow(small, "palette", rngs=nnx.Rngs(1))
+    grown = grow(small, "palette", seed=1)
     given = values(grown.config, 5)
     before = evaluate(small, {n: given[n] for n in config.conditions}, [1.0, 1.0])
     np.testing.assert_array_equal(before, evaluate(grown, given, [1.0, 1.0, 0.0]))
     with pytest.raises(ValueError, match="context_length is 10; 14 tokens"):
-        grow(grown, "semantics", rngs=nnx.Rngs(1))
+        grow(grown, "semantics", seed=1)
     with pytest.raises(ValueError, match="already has"):
-        grow(grown, "palette", rngs=nnx.Rngs(1))
+        grow(grown, "palette", seed=1)
 
 
 def test_without_any_caption_nothing_is_not_a_number(model, perturbed):

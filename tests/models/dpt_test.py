@@ -14,6 +14,7 @@ from PIL import Image
 
 from composer_jax.models.depth import MAX_PIXELS, NEAREST, Preprocess, depth_tool
 from composer_jax.models.dpt import DPT, DPTConfig, Enlarge
+from composer_jax.models.initializers import abstract
 
 TINY = DPTConfig(
     grid=5,
@@ -33,7 +34,7 @@ VIT = replace(TINY, family="dpt", normed_taps=False, readout="project")
 
 def build(config, dtype=jnp.float32):
     """A network of random weights, none of them where it starts; depth is mostly above 0."""
-    network = nnx.eval_shape(lambda: DPT(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    network = abstract(DPT, config, dtype=dtype)
     state, draw = nnx.state(network), np.random.default_rng(1)
     for path, variable in nnx.to_flat_state(state):
         shape = variable.get_value().shape

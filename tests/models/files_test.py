@@ -17,6 +17,8 @@ from composer_jax.models.files import (
     write_tensors,
 )
 
+pytestmark = pytest.mark.fast
+
 ARRAYS = {
     "a.kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
     "b.bias": np.linspace(-1, 1, 5).astype(np.float16),

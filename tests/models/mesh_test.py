@@ -11,6 +11,8 @@ from composer_jax.models import fused
 from composer_jax.models.mesh import scattered, split
 from composer_jax.training.sharding import batch_sharding, make_mesh
 
+pytestmark = pytest.mark.mesh  # meshes
+
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_over_a_mesh_each_device_takes_its_own_examples_and_heads(biased):

@@ -12,6 +12,8 @@ from composer_jax.models.objects import ObjectConfig, _group
 from composer_jax.storage.models import find_part, load_objects
 from composer_jax.training.config import load_config
 
+pytestmark = pytest.mark.optimised  # much is computed
+
 COUNT = 64
 
 

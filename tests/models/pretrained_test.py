@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from composer_jax.models.blocks import Keys
 from composer_jax.models.files import (
     Tensor,
     in_memory,
@@ -45,8 +44,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def networks(drawn):
     return {
-        "unet": drawn(lambda: UNet(UNET, rngs=Keys(0)), 1),
-        "vae": drawn(lambda: VAE(CODEC, rngs=Keys(0)), 2),
+        "unet": drawn(UNet, UNET, seed=1),
+        "vae": drawn(VAE, CODEC, seed=2),
     }
 
 

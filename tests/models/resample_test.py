@@ -7,6 +7,8 @@ import pytest
 
 from composer_jax.models.resample import resample, resample_matrix
 
+pytestmark = pytest.mark.fast
+
 SIZES = [
     ((7, 5), (12, 9)),
     ((12, 9), (7, 5)),

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from composer_jax.models.blocks import MASKED, Keys, depth_to_space, space_to_depth
+from composer_jax.models.blocks import MASKED, depth_to_space, space_to_depth
+from composer_jax.models.initializers import abstract, described, initialised
 from composer_jax.models.unet import PRESETS, UNet, UNetConfig, timestep_embedding
 
 
 @pytest.fixture(scope="module")
 def unet(perturbed):
-    return perturbed(nnx.jit(lambda: UNet(PRESETS["tiny"], rngs=Keys(0)))(), 1)
+    return perturbed(initialised(described(UNet, PRESETS["tiny"]), 0), 1)
 
 
 @pytest.mark.parametrize(("name", "count"), [("sd15", 859_520_964), ("sd21", 865_910_724)])
 def test_stable_diffusions_shape(name, count):
-    unet = nnx.eval_shape(lambda: UNet(PRESETS[name], rngs=Keys(0)))
+    unet = abstract(UNet, PRESETS[name])
     names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(unet))}
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(unet))) == count
     assert {

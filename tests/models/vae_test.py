@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from composer_jax.models.initializers import abstract, described, initialised
 from composer_jax.models.vae import (
     NORMS,
     PRESETS,
@@ -29,11 +30,11 @@ def images():
 
 
 def build(config):
-    return nnx.jit(lambda: VAE(config, rngs=nnx.Rngs(0)))()
+    return initialised(described(VAE, config), 0)
 
 
 def test_stable_diffusions_shape():
-    vae = nnx.eval_shape(lambda: VAE(PRESETS["sd"], rngs=nnx.Rngs(0)))
+    vae = abstract(VAE, PRESETS["sd"])
     names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(vae))}
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(vae))) == 83_653_863
     assert {

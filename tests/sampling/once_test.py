@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from composer_jax.models.blocks import Keys, conv3
+from composer_jax.models.blocks import conv3
 from composer_jax.sampling.once import hoisted
 
 
 def test_a_kernel_is_transformed_before_the_loop_whose_branches_use_it():
-    conv, x = conv3(64, 64, rngs=Keys(0)), jax.random.normal(jax.random.key(1), (1, 8, 8, 64))
+    conv, x = conv3(64, 64, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (1, 8, 8, 64))
 
     def turns(function, x):
         def turn(i, x):

@@ -93,6 +93,7 @@ def test_an_image_depends_on_seed_and_index_alone(pipe):
     assert np.any(pipe(given, count=1, seed=4, steps=2) != ten[:1])
 
 
+@pytest.mark.mesh
 def test_devices_change_nothing(pipe, run, monkeypatch):
     """The same latents on eight devices and on one, noise of ddim included."""
     options = dict(count=3, steps=3, solver="ddim", eta=0.5, batch=8, output="latents")

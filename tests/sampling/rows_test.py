@@ -30,7 +30,7 @@ def composer(drawn):
     config = ComposerConfig(
         unet, NAMES, {"embed_width": 6}, factor=4, local_channels=8, stem_width=8, context_length=12
     )
-    return drawn(lambda: Composer(config, rngs=nnx.Rngs(0)), 1)
+    return drawn(Composer, config, seed=1)
 
 
 @pytest.fixture(scope="module")

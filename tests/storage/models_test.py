@@ -9,6 +9,8 @@ import pytest
 from composer_jax.models.files import in_memory, module_tensors, open_tensors, write_tensors
 from composer_jax.storage.models import load_model
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def copy(run, tmp_path):

@@ -6,6 +6,8 @@ import pytest
 from composer_jax.diffusion import use
 from composer_jax.storage.series import Series, describe_uses
 
+pytestmark = pytest.mark.fast
+
 CALL = {"seed": 0, "guidance": 2.0, "caption": ["red"]}
 IMAGE = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
 

@@ -15,6 +15,8 @@ from composer_jax.training.cluster import join, share
 from composer_jax.training.sharding import make_mesh
 from tests.training import toy
 
+pytestmark = pytest.mark.mesh  # eight devices here, as many as processes there
+
 ROOT = Path(__file__).parents[2]
 
 

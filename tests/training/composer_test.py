@@ -11,8 +11,10 @@ from composer_jax.training.composer import make_recipe
 from composer_jax.training.config import load_config
 from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import batch_sharding, gathered, make_mesh, shard_tree
-from composer_jax.training.state import create_state
+from composer_jax.training.state import abstract_state, start_state
 from composer_jax.training.step import jit_step
+
+pytestmark = pytest.mark.mesh  # meshes
 
 NAMES, SIZES = ("depth", "mask", "palette"), {"text_length": 4, "text_width": 8, "embed_width": 8}
 STEPS, BATCH = 5, 16
@@ -42,9 +44,9 @@ def batch(step):
 def losses(recipe, mesh, accumulate=1, dtype="float32"):
     """Of five steps over a mesh; and the bytes that one device holds of the state, and all do."""
     optimizer = make_optimizer(1e-3, 10, 1, 0.5, 0.0, 1.0, (0.9, 0.99))
-    create = lambda: create_state(recipe.init(), optimizer, (0.1,))  # noqa: E731
-    shardings = shard_tree(jax.eval_shape(create), mesh, (("kernel", "fsdp"),))
-    state = jax.jit(create, out_shardings=shardings)()
+    of = recipe.params, optimizer, (0.1,)
+    shardings = shard_tree(abstract_state(*of), mesh, (("kernel", "fsdp"),))
+    state = start_state(*of, shardings)
     jitted = jit_step(shardings, recipe.loss, optimizer, 0.9, accumulate, dtype)
     found = []
     for at in range(STEPS):

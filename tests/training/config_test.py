@@ -10,6 +10,8 @@ from composer_jax.models.unet import UNetConfig
 from composer_jax.training.composer import chance_of
 from composer_jax.training.config import keep_config, load_config
 
+pytestmark = pytest.mark.fast
+
 
 def test_overrides_take_the_type_that_is_there():
     config = load_config(

@@ -1,23 +1,25 @@
 """Averages by power functions: against the sum they stand for, and of any length afterwards."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from composer_jax.cli import main
+from composer_jax.commands.train import train
 from composer_jax.models.files import module_tensors, open_tensors
 from composer_jax.storage.models import load_model
 from composer_jax.training.ema import average, gamma_of, weights
+from tests.small import small_config
 
 
 def profile(steps: int, length: float) -> np.ndarray:
     """The weight of every step's parameters in the average after the last, from its recursion."""
-    found = np.zeros(steps)
-    for step in range(1, steps + 1):
-        beta = (1.0 - 1.0 / step) ** (gamma_of(length) + 1.0)
-        found *= beta
-        found[step - 1] += 1.0 - beta
-    return found
+    beta = (1.0 - 1.0 / np.arange(1, steps + 1)) ** (gamma_of(length) + 1.0)
+    kept = np.append(np.cumprod(beta[:0:-1])[::-1], 1.0)  # by all later steps
+    return (1.0 - beta) * kept
 
 
 def test_the_exponents_that_the_paper_names():
@@ -63,6 +65,24 @@ def test_any_length_comes_out_of_two(length):
 def test_a_length_that_was_kept_is_itself():
     factors = weights([100, 100, 200, 200], [0.05, 0.1, 0.05, 0.1], 200, 0.1)
     np.testing.assert_allclose(factors, [0, 0, 0, 1], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A composer of all eight conditions, trained for four steps: its workdir."""
+    workdir = tmp_path_factory.mktemp("run")
+    train(small_config(["ema_lengths=0.05,0.1", "sample_every=4"]), workdir)
+    return workdir
+
+
+def test_a_run_leaves_a_model_its_log_and_a_grid_of_samples(run):
+    model = load_model(run)
+    assert model.info["step"] == 4 and len(model.composer.config.conditions) == 8
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    rows = 1 + 6 + 1  # the images, each condition that is stored alone, and nothing
+    assert Image.open(run / "samples" / "00000004.png").size == (8 * 66, rows * 66)
 
 
 def test_a_run_gives_models_of_other_lengths(run, tmp_path, capsys):

@@ -13,6 +13,7 @@ from tests.training import toy
 from tests.training.toy import fit, rows, settings
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(("mesh", "parts"), [((1, 1, 8), 1), ((2, 4, 1), 2)])
 def test_it_is_the_averages_loss_by_the_same_draws_each_time(tmp_path, mesh, parts):
     hook = held_out_loss(toy.loss, toy.batch, 3, seed=5, dtype="float32", accumulate=parts)

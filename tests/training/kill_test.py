@@ -16,6 +16,8 @@ import pytest
 
 from tests.training import toy
 
+pytestmark = pytest.mark.mesh  # bits
+
 KILLS, STEPS = 10, 1500
 # a shell that refuses files of more than 3 KiB, which those of a checkpoint are
 LITTLE_ROOM = ["bash", "-c", 'trap "" XFSZ; ulimit -f 3; exec "$@"', "bash"]

@@ -15,6 +15,8 @@ from composer_jax.training.sharding import AXES, make_mesh, shard_tree
 from tests.training import toy
 from tests.training.toy import fit, rows, same, settings
 
+pytestmark = pytest.mark.mesh  # meshes, and bits
+
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
 
 
@@ -111,7 +113,7 @@ def test_hooks_have_one_signature_and_their_scalars_are_logged(tmp_path):
 
 def test_a_run_killed_between_its_last_checkpoint_and_the_export_exports(tmp_path):
     saved = []
-    parts = toy.init, toy.loss, toy.optimizer(), toy.batch, settings(4), tmp_path
+    parts = toy.init(), toy.loss, toy.optimizer(), toy.batch, settings(4), tmp_path
     for _ in range(2):
         train(*parts, on_save=lambda step, state: saved.append((step, int(state.step))))
     assert saved == [(4, 4), (4, 4)]

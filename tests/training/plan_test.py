@@ -2,22 +2,26 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from composer_jax.cli import main
 from composer_jax.commands.plan import _run
-from composer_jax.models.blocks import Keys
+from composer_jax.models.initializers import described, initialised
 from composer_jax.models.unet import PRESETS, REMAT, UNet
 from composer_jax.training.collectives import Traffic, collectives
 from composer_jax.training.config import load_config
 from composer_jax.training.hardware import CHIPS, chip_of, devices_of, step_flops
 from composer_jax.training.plan import Cost, _composer, clip_sizes, codec_config, largest
+from composer_jax.training.state import abstract_state
+from tests.small import OVERRIDES
 
 HLO = """HloModule jit_step
 
@@ -94,6 +98,7 @@ def test_collectives_count_once_or_as_often_as_loops_go_round_and_hide_behind_wo
     }
 
 
+@pytest.mark.mesh
 def test_collectives_of_a_program_that_xla_split():
     mesh = jax.make_mesh((8,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
@@ -113,9 +118,11 @@ def test_flops_are_not_counted_where_the_compiler_hides_them():
     assert step_flops(compiled, SimpleNamespace(platform="gpu")) == 0.0
 
 
+@pytest.mark.mesh
 def test_the_plan_of_what_is_here(capsys, tmp_path):
     path = tmp_path / "plan.json"
     words = ["plan", "--config", "scenes64:smoke", "--topology", "here", "--json", str(path)]
+    words += [f"--config.{override}" for override in OVERRIDES]
     assert main([*words, "--config.conditions=palette,sketch", "--batch", "16"]) == 0
     out, report = capsys.readouterr().out, json.loads(path.read_text())
     assert report["batch"] == 16 and report["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
@@ -126,13 +133,14 @@ def test_the_plan_of_what_is_here(capsys, tmp_path):
 
 def test_a_batch_in_which_nothing_is_stored_is_traced():
     config = load_config("scenes64:smoke", ["conditions=intensity,mask"])
-    init, loss, shapes = _composer(config, 8)
+    params, loss, shapes = _composer(config, 8)
     assert shapes["stored"] == {} and shapes["image"].shape == (8, 64, 64, 3)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-    value, _ = jax.eval_shape(loss, jax.eval_shape(init), shapes, keys)
+    value, _ = jax.eval_shape(loss, abstract_state(params, optax.identity()).params, shapes, keys)
     assert value.shape == ()
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -216,7 +224,8 @@ def gradients():
     context = jax.random.normal(jax.random.key(2), (1, 24, 128))
     found = {}
     for remat in REMAT:
-        unet = UNet(PRESETS["tiny"], remat=remat, rngs=Keys(0))
+        config = replace(PRESETS["tiny"], block_out_channels=(16,), attention=(True,), heads=(2,))
+        unet = initialised(described(UNet, config, remat=remat), 0)
         graph, params = nnx.split(unet)
         params = jax.tree.map(
             lambda p: p + 0.05 * np.random.default_rng(0).standard_normal(p.shape, np.float32),

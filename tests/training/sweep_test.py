@@ -6,6 +6,8 @@ import pytest
 
 from composer_jax.training.sweep import load_sweep
 
+pytestmark = pytest.mark.fast
+
 SWEEP = """
 '''What is asked.'''
 def get_sweep():

@@ -55,7 +55,7 @@ def optimizer(**options):
 
 
 def fit(workdir, run_settings, batch=batch, hooks=(), **options):
-    return train(init, loss, optimizer(**options), batch, run_settings, workdir, hooks)
+    return train(init(), loss, optimizer(**options), batch, run_settings, workdir, hooks)
 
 
 def rows(workdir):

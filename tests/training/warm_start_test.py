@@ -6,28 +6,27 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 from composer_jax import conditions
 from composer_jax.cli import main
 from composer_jax.commands.train import train
-from composer_jax.models.blocks import Keys
 from composer_jax.models.composer import Composer, ComposerConfig, silence
 from composer_jax.models.files import module_tensors, open_tensors
+from composer_jax.models.initializers import described, initialised
 from composer_jax.models.pretrained import open_unet
 from composer_jax.models.unet import UNet, UNetConfig
 from composer_jax.training.config import load_config
-from composer_jax.training.state import create_state
 from composer_jax.training.warm_start import around, start_from
+from tests.small import small_config
 
 
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory, drawn, save_sd):
     """A small Stable Diffusion's UNet as diffusers lays it out."""
     config = UNetConfig.from_dict(load_config("sd15_composer:smoke").model.unet.to_dict())
-    unet = drawn(lambda: UNet(replace(config, in_channels=6), rngs=Keys(0)), 1)
+    unet = drawn(UNet, replace(config, in_channels=6), seed=1)
     return save_sd(tmp_path_factory.mktemp("sd"), unet)
 
 
@@ -41,13 +40,11 @@ def started(sd):
         unet, names, sizes, latent_channels=6, factor=4, stem_width=8, context_length=32
     )
     absent = {"caption": {"tokens": jnp.full((6, 128), 0.1), "vector": jnp.full((10,), 0.1)}}
-    composer = Composer(config, absent, rngs=Keys(0))
+    composer = described(Composer, config, absent)
     for name in names:
         silence(composer, name)
-    params = nnx.state(composer, nnx.Param)
-    state = start_from(create_state(params, optax.sgd(1.0)), around(open_unet(sd), config))
-    nnx.update(composer, state.params)
-    return composer
+    nnx.update(composer, start_from(nnx.state(composer, nnx.Param), around(open_unet(sd), config)))
+    return initialised(composer, 0)
 
 
 def values_of(config: ComposerConfig, batch: int) -> dict:
@@ -136,44 +133,36 @@ def test_a_start_that_does_not_fit_is_named(sd, tmp_path, override, message):
         train(load_config("sd15_composer:smoke", overrides), tmp_path)
 
 
-@pytest.fixture(scope="module")
-def composer(tmp_path_factory):
-    """A composer of a few steps."""
-    folder = tmp_path_factory.mktemp("composer")
-    train(load_config("scenes64:smoke", ["steps=2", "sample_every=0"]), folder)
-    return folder
-
-
-def test_a_composer_goes_on_from_another_with_fewer_conditions_and_more(composer, tmp_path):
-    still = ["steps=1", "sample_every=0", "optimizer.learning_rate=0.0"]
-    fewer = [*still, f"init_from={composer}", "conditions=('sketch','caption')"]
+def test_a_composer_goes_on_from_another_with_fewer_conditions_and_more(run, tmp_path):
+    still = ["steps=1", "optimizer.learning_rate=0.0"]
+    fewer = [*still, f"init_from={run}", "conditions=('sketch','caption')"]
     fewer.append("process.location=1.0")  # which times it learns from is no other process
-    train(load_config("scenes64:smoke", fewer), tmp_path / "a")
-    before = open_tensors(composer / "model" / "unet.safetensors")
+    train(small_config(fewer), tmp_path / "a")
+    before = open_tensors(run / "model" / "unet.safetensors")
     after = open_tensors(tmp_path / "a" / "model" / "unet.safetensors")
     assert {name for name in before if "sketch_map" in name} < after.keys() < before.keys()
     for name, tensor in after.items():
         np.testing.assert_allclose(tensor.read(), before[name].read(), rtol=1e-6, err_msg=name)
 
-    train(load_config("scenes64:smoke", [*still, f"init_from={tmp_path / 'a'}"]), tmp_path / "b")
+    train(small_config([*still, f"init_from={tmp_path / 'a'}"]), tmp_path / "b")
     more = open_tensors(tmp_path / "b" / "model" / "unet.safetensors")
     assert more.keys() == before.keys()
     assert not more["embeddings.palette_vector.linear_2.kernel"].read().any()  # new, silent
     assert more["embeddings.caption_vector.linear_2.kernel"].read().any()
 
 
-def test_a_composer_may_be_taught_to_predict_something_else(composer, tmp_path):
-    overrides = [f"init_from={composer}", "process.prediction=flow", "steps=1", "sample_every=0"]
+def test_a_composer_may_be_taught_to_predict_something_else(run, tmp_path):
+    overrides = [f"init_from={run}", "process.prediction=flow", "steps=1"]
     with pytest.raises(ValueError, match=r"trained with 'v'; .* init_any_process=True"):
-        train(load_config("scenes64:smoke", overrides), tmp_path / "a")
+        train(small_config(overrides), tmp_path / "a")
     still = [*overrides, "init_any_process=True", "optimizer.learning_rate=0.0"]
-    train(load_config("scenes64:smoke", still), tmp_path / "a")
-    before = open_tensors(composer / "model" / "unet.safetensors")
+    train(small_config(still), tmp_path / "a")
+    before = open_tensors(run / "model" / "unet.safetensors")
     for name, tensor in open_tensors(tmp_path / "a" / "model" / "unet.safetensors").items():
         np.testing.assert_allclose(tensor.read(), before[name].read(), rtol=1e-6, err_msg=name)
 
 
-def test_a_composer_of_another_size_is_no_start(composer, tmp_path):
-    overrides = [f"init_from={composer}", "model.stem_width=24"]
+def test_a_composer_of_another_size_is_no_start(run, tmp_path):
+    overrides = [f"init_from={run}", "model.stem_width=24"]
     with pytest.raises(ValueError, match=r"stem_width is 24; .* was trained with 48"):
-        train(load_config("scenes64:smoke", overrides), tmp_path)
+        train(small_config(overrides), tmp_path)
