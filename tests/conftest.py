@@ -2,7 +2,7 @@
 
 Most of what a test costs is compilation (docs/testing.md). So programs are not optimised, but in
 files and tests marked `optimised`, which compare bits or compute much; and there is one device,
-but for those marked `mesh`, which are run apart (`COMPOSER_TEST_DEVICES=8 pytest`).
+but for tests marked `mesh`, which are run apart (`COMPOSER_TEST_DEVICES=8 pytest`).
 """
 
 import atexit
@@ -50,7 +50,7 @@ def forget_programs():
 def pytest_runtest_setup(item):
     """Programs are optimised where that is asked for."""
     marked = {mark.name for mark in item.iter_markers()}
-    jax.config.update("jax_disable_most_optimizations", not marked & {"optimised", "mesh"})
+    jax.config.update("jax_disable_most_optimizations", "optimised" not in marked)
 
 
 @pytest.fixture(scope="session")

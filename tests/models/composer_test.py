@@ -111,6 +111,7 @@ def test_strength_moves_from_absent_to_given(model):
 
 
 @pytest.mark.mesh
+@pytest.mark.optimised  # bits
 def test_growing_keeps_every_older_subset_bit_for_bit(model):
     grown = grow(model, "depth", seed=4)
     grown = grow(grown, "intensity", seed=5)
@@ -123,6 +124,7 @@ def test_growing_keeps_every_older_subset_bit_for_bit(model):
 
 
 @pytest.mark.mesh
+@pytest.mark.optimised  # bits
 def test_growing_a_vector_takes_free_slots(model):
     config = replace(model.config, conditions=("caption", "sketch"), context_length=10)
     small = created(config)

@@ -8,11 +8,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from composer_jax.models.vae import PRESETS
 from composer_jax.training.composer import make_recipe
-from composer_jax.training.config import load_config
 from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import batch_sharding, gathered, make_mesh, shard_tree
 from composer_jax.training.state import abstract_state, start_state
 from composer_jax.training.step import jit_step
+from tests.small import small_config
 
 pytestmark = pytest.mark.mesh  # meshes
 
@@ -21,10 +21,8 @@ STEPS, BATCH = 5, 16
 
 
 def recipe(dtype="float32", *overrides):
-    config = load_config("scenes64:smoke", [f"dtype={dtype}", *overrides])
+    config = small_config([f"dtype={dtype}", *overrides])
     config.model.stem_width, config.model.context_length = 16, 8
-    config.model.unet.block_out_channels = (16,)
-    config.model.unet.attention, config.model.unet.heads = (True,), (2,)
     config.image_size = 16
     return make_recipe(config, NAMES, SIZES, PRESETS["scenes64"], {})
 

@@ -14,7 +14,7 @@ from composer_jax.training.state import abstract_state, start_state
 from composer_jax.training.step import jit_step
 from tests.training import toy
 
-pytestmark = pytest.mark.mesh  # bits
+pytestmark = [pytest.mark.mesh, pytest.mark.optimised]  # bits
 
 STEPS = 4
 

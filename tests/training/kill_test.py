@@ -16,7 +16,7 @@ import pytest
 
 from tests.training import toy
 
-pytestmark = pytest.mark.mesh  # bits
+pytestmark = [pytest.mark.mesh, pytest.mark.optimised]  # bits
 
 KILLS, STEPS = 10, 1500
 # a shell that refuses files of more than 3 KiB, which those of a checkpoint are

@@ -15,7 +15,7 @@ from composer_jax.training.sharding import AXES, make_mesh, shard_tree
 from tests.training import toy
 from tests.training.toy import fit, rows, same, settings
 
-pytestmark = pytest.mark.mesh  # meshes, and bits
+pytestmark = [pytest.mark.mesh, pytest.mark.optimised]  # meshes, and bits
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
 

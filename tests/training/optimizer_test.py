@@ -60,7 +60,8 @@ def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
         make(name="muo")
 
 
-@pytest.mark.mesh  # bits
+@pytest.mark.mesh
+@pytest.mark.optimised  # bits
 def test_muon_trains_and_resumes(tmp_path):
     whole = toy.fit(tmp_path / "whole", toy.settings(12), name="muon")
     toy.fit(tmp_path / "cut", toy.settings(6), name="muon")
@@ -76,7 +77,8 @@ def test_updates_are_those_of_optax():
     jax.tree.map(np.testing.assert_array_equal, ours, peer)
 
 
-@pytest.mark.mesh  # bits
+@pytest.mark.mesh
+@pytest.mark.optimised  # bits
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_first_moment_in_bfloat16_moves_parameters_as_one_in_float32(tmp_path, name):
     runs = {
