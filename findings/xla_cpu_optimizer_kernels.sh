@@ -1,17 +1,14 @@
 #!/usr/bin/env bash
-# XLA's CPU backend compiles an optimizer's step kernel by kernel, and makes many of them.
+# XLA's CPU backend makes several kernels of an optimizer's step for each array, not one.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, optax 0.2.8; CPU.
-# First guess: AdamW's update of one array (two moments, the update, the new parameter) is one loop
-# over that array, so XLA fuses it into one kernel, and many small arrays compile about as fast as
-# one large array of the same size.
-# Seen: there is no multi-output fusion on CPU, so each array gets a kernel for each result, which
-# computes again what the others computed: 7 kernels an array where the gradient is clipped by its
-# global norm. 100 arrays of 64 x 64 take 702 kernels, and more than 20 times as long to compile
-# as one array of 640 x 640. An average of the parameters adds a kernel an array. Of a diffusion
-# UNet's train step with 338 arrays, three fifths of 5,474 kernels are the optimizer's.
-# The script fails if a step takes fewer than 5 kernels an array, or if compiling the arrays apart
-# takes less than 10 times as long.
+# First guess: AdamW's update of one array (two moments and the new parameter) is one loop over that
+# array, so XLA fuses it into one kernel, with one more for the norm that clips the gradient.
+# Seen: each result gets a kernel of its own, as nothing fuses kernels with several results on CPU.
+# With a gradient clipped by its global norm, 100 arrays of 64 x 64 take 504 kernels, 5 for each,
+# and one array of 640 x 640 takes 9. Compiling took 1.36 and 0.34 CPU seconds here, so a network of
+# many small arrays waits longer for its optimizer's program than its size says.
+# The script fails where the 100 arrays take other than 5 kernels each, give or take a few in all.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -46,7 +43,6 @@ compiled({"warm": jnp.ones(8)})
 apart, seconds = compiled({str(i): jnp.ones((64, 64)) for i in range(100)})
 whole, once = compiled({"all": jnp.ones((640, 640))})
 print(f"jax {jax.__version__}: 100 arrays {apart} kernels, {seconds:.2f} s; one {whole}, {once:.2f} s")
-assert apart >= 500 and whole <= 20, "XLA now fuses an optimizer's step"
-assert seconds > 10 * once, "many arrays now compile about as fast as one"
+assert 495 <= apart <= 520 and whole <= 20, "XLA now fuses an optimizer's step otherwise"
 PY
 "$folder/venv/bin/python" "$folder/step.py"
