@@ -29,6 +29,7 @@ from composer_jax.evaluation.control import (
     measure_control,
     measure_each,
     reconstruct,
+    remembering,
     tool_of,
 )
 from composer_jax.evaluation.experiments import EXPERIMENTS, Cell, Samples
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     tools = pipe.tools(pipe.names) | load_tools(**named_tools(args))
     examples = _examples(args.source, args.source_seed, args.count, pipe, tools)
     world = args.source.partition(":")[0] == "scenes"
-    judges = tools | (scenes_judges() if world else {})
+    judges = remembering(tools | (scenes_judges() if world else {}))
     measured, reasons = _measurable(examples, judges)
     settings = _settings(args, pipe, options)
     load = _sample(args, pipe, examples, wanted, Samples(args.out, settings), options)
@@ -203,9 +204,8 @@ def _measurable(examples: Examples, judges: Mapping[str, Any]) -> tuple[list[str
     measured, reasons = [], dict(examples.reasons)
     for name in examples.names:
         try:
-            pairs = zip(examples.stored, examples.images, strict=True)
-            scores = (measure_each(name, [row[name]], image[None], judges) for row, image in pairs)
-            if any(np.isfinite(score) for score in scores):
+            wanted = [row[name] for row in examples.stored]
+            if np.isfinite(measure_each(name, wanted, examples.images, judges)).any():
                 measured.append(name)
             else:
                 reasons[name] = "its measure applies to none of these images"

@@ -10,11 +10,13 @@ import abc
 import difflib
 import hashlib
 import importlib
+import os
 import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -248,15 +250,26 @@ def meant(word: str, known: Sequence[str]) -> str:
 
 def _modules() -> dict[str, str]:
     """Module name -> the folder that holds it, for every file of the package's path right now."""
+    folders = sys.modules[__package__].__path__
+    return _listed(tuple((folder, _changed(folder)) for folder in folders))
+
+
+def _changed(folder: str) -> int:
+    """When files came to a folder, or went; 0 where there is none."""
+    return os.stat(folder).st_mtime_ns if os.path.isdir(folder) else 0
+
+
+@lru_cache(1)
+def _listed(folders: tuple[tuple[str, int], ...]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for info in pkgutil.iter_modules(sys.modules[__package__].__path__):
-        found.setdefault(f"{__package__}.{info.name}", str(Path(info.module_finder.path).resolve()))
+    for info in pkgutil.iter_modules([folder for folder, _ in folders]):
+        found.setdefault(f"{__package__}.{info.name}", os.path.realpath(info.module_finder.path))
     return found
 
 
 def _load(module: str, path: str) -> None:
     loaded = sys.modules.get(module)
-    if loaded is not None and Path(loaded.__file__).resolve().is_relative_to(path):
+    if loaded is not None and _resolved(loaded.__file__).is_relative_to(path):
         return
     importlib.invalidate_caches()  # the file may be newer than the finder's last look
     sys.modules.pop(module, None)  # the same name from a folder that is no longer on the path
@@ -266,6 +279,11 @@ def _load(module: str, path: str) -> None:
         importlib.import_module(module)
     except Exception as error:  # a condition file is anybody's code
         raise ValueError(f"condition file {module} cannot be imported: {error}") from error
+
+
+@cache
+def _resolved(file: str) -> Path:
+    return Path(file).resolve()
 
 
 def _module(condition: Condition) -> str:

@@ -23,6 +23,7 @@ from composer_jax.models.vae import VAE
 from composer_jax.sampling.pipeline import Pipeline
 
 CHUNK = 16
+REMEMBERED = 2**28  # bytes of what tools saw in images
 OTHERS = (2, 5, 11)  # whose conditions chance is measured by: examples so far on
 ROLLS = ((1, 0), (0, 1), (1, 1))  # half sides, down and right
 LEAST_ROOM = 0.1  # between floor and oracle, in score and excess; with less nothing is told apart
@@ -152,6 +153,16 @@ def tool_of(name: str, tools: Mapping[str, Any]) -> Any:
     return tools.get(condition.tool) if preferred is None else preferred
 
 
+def remembering(tools: Mapping[str, Any]) -> dict[str, Any]:
+    """The tools, those that look at images remembering what they saw, one memory for each."""
+
+    def one(tool: Any) -> Any:
+        looks = callable(tool) or hasattr(tool, "image")
+        return Remembering(tool) if looks and not isinstance(tool, Remembering) else tool
+
+    return {name: one(tool) for name, tool in tools.items()}
+
+
 def measure_each(
     name: str, wanted: Sequence[Any], images: np.ndarray, tools: Mapping[str, Any]
 ) -> np.ndarray:
@@ -159,7 +170,8 @@ def measure_each(
 
     Raises ValueError where the measure wants a tool that `tools` lacks.
     """
-    return _scores(conditions.get(name).judge(wanted), wanted, images, tool_of(name, tools))
+    judge = conditions.get(name).judge(wanted)
+    return _scores(judge, [wanted], images, tool_of(name, remembering(tools)))[0]
 
 
 def measure_control(
@@ -180,11 +192,14 @@ def measure_control(
     spatial = condition.spatial
     rows = {kind: list(seeds) for kind, seeds in images.items() if spatial or kind != "shifted"}
     rows["permuted"] = [np.roll(seed, -1, axis=0) for seed in rows["sample"]]
-    judge = partial(_scores, condition.judge(wanted), tool=tool_of(name, tools))
-    raw = {k: np.mean([judge(wanted, s) for s in seeds], axis=0) for k, seeds in rows.items()}
-    chance = {k: _chances(judge, wanted, seeds[0], spatial) for k, seeds in rows.items()}
+    tool = tool_of(name, remembering(tools))
+    judge = partial(_scores, condition.judge(wanted), tool=tool)
+    own, raw, chance = {}, {}, {}
+    for kind, (one, *more) in rows.items():
+        own[kind], chance[kind] = _own_and_chances(judge, wanted, one, spatial)
+        raw[kind] = np.mean([own[kind], *(judge([wanted], seed)[0] for seed in more)], axis=0)
     valid = np.all(np.isfinite(list(raw.values())), axis=0)
-    left_out, first = int(np.count_nonzero(~valid)), judge(wanted, rows["sample"][0])
+    left_out, first = int(np.count_nonzero(~valid)), own["sample"]
     if not valid.any():
         nothing = Row(float("nan"), float("nan"), None)
         return Control(dict.fromkeys(rows, nothing), None, left_out, first)
@@ -204,25 +219,64 @@ def measure_control(
 
     found = {kind: row(kind) for kind in rows}
     interval = _interval(excess, np.flatnonzero(valid)) if enough else None
-    return Control(found, interval, left_out, first, _beside(name, stored, rows, tools))
+    return Control(found, interval, left_out, first, _beside(name, stored, rows, tool))
 
 
-def _scores(function: Callable, asked: Sequence[Any], images: np.ndarray, tool: Any) -> np.ndarray:
-    return np.array([function(one, i, tool) for one, i in zip(asked, images, strict=True)])
-
-
-def _chances(
-    judge: Callable, wanted: Sequence[Any], images: np.ndarray, spatial: bool
+def _scores(
+    function: Callable, asked: Sequence[Sequence[Any]], images: np.ndarray, tool: Any
 ) -> np.ndarray:
-    """Scores by others' conditions and, of maps, by the images rolled in each way: [ways, N]."""
+    """What each of images scores by each of the lists in `asked`: [lists, N]."""
+    if isinstance(tool, Remembering):
+        tool.look(images)
+    return np.array(
+        [[function(*pair, tool) for pair in zip(each, images, strict=True)] for each in asked]
+    )
+
+
+class Remembering:
+    """A tool that looks at many images at a time, and tells of each alone what it saw."""
+
+    def __init__(self, tool: Any):
+        """`tool`: a function of images uint8 [B, H, W, 3], or a CLIP."""
+        self._function = tool if callable(tool) else tool.image
+        self._found: dict[bytes, np.ndarray] = {}
+        self.sizes = getattr(tool, "sizes", None)
+
+    def look(self, images: np.ndarray) -> None:
+        """Looks at what it has not seen, CHUNK at a time; forgets all before if that is much."""
+        seen = {image.tobytes(): image for image in images}
+        new = [key for key in seen if key not in self._found]
+        if new and sum(one.nbytes for one in self._found.values()) > REMEMBERED:
+            self._found, new = {}, list(seen)
+        size = min(CHUNK, len(images))
+        for start in range(0, len(new), size):
+            keys = new[start : start + size]
+            padded = [*keys, *keys[-1:] * (size - len(keys))]  # one size, one program
+            told = self._function(np.stack([seen[key] for key in padded]))
+            self._found.update(zip(keys, told, strict=False))
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        images = np.asarray(images)
+        self.look(images)
+        return np.stack([self._found[image.tobytes()] for image in images])
+
+    image = __call__
+
+
+def _own_and_chances(
+    judge: Callable, wanted: Sequence[Any], images: np.ndarray, spatial: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [N]; and [ways, N], scores by others' conditions and, of maps, by the images rolled
+    in each way."""
     offsets = [k for k in OTHERS if k % len(wanted)] or [1]
     others = [[*wanted[k % len(wanted) :], *wanted[: k % len(wanted)]] for k in offsets]
-    found = [np.mean([judge(asked, images) for asked in others], axis=0)]
+    own, *by_others = judge([wanted, *others], images)
+    found = [np.mean(by_others, axis=0)]
     if spatial:
         halves = [side // 2 for side in images.shape[1:3]]
         rolled = [np.roll(images, np.multiply(roll, halves), axis=(1, 2)) for roll in ROLLS]
-        found += [judge(wanted, one) for one in rolled]
-    return np.array(found)
+        found += [judge([wanted], one)[0] for one in rolled]
+    return own, np.array(found)
 
 
 def _interval(excess: Callable, valid: np.ndarray) -> tuple[float, float]:
@@ -239,14 +293,15 @@ def _beside(
     name: str,
     stored: Sequence[Mapping[str, Any]],
     rows: Mapping[str, Sequence[np.ndarray]],
-    tools: Mapping[str, Any],
+    tool: Any,
 ) -> dict[str, dict[str, float]]:
     """The condition's further measures, as far as its tool can tell them."""
-    found, tool = {}, tool_of(name, tools)
+    found = {}
     for title, function in conditions.get(name).beside(stored).items():
-        if np.isfinite(_scores(function, stored, rows["oracle"][0], tool)).any():
+        score = partial(_scores, function, [stored], tool=tool)
+        if np.isfinite(score(rows["oracle"][0])).any():
             found[title] = {
-                kind: float(np.nanmean([_scores(function, stored, s, tool) for s in seeds]))
+                kind: float(np.nanmean([score(seed) for seed in seeds]))
                 for kind, seeds in rows.items()
                 if kind in (*KNOWN, "image")
             }
