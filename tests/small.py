@@ -1,9 +1,12 @@
 """The smallest composer: for tests of what surrounds its network."""
 
+import os
+
 from composer_jax.training.config import load_config
 
 UNET = {"block_out_channels": (16,), "attention": (False,), "heads": (2,)}
-OVERRIDES = tuple(f"model.unet.{key}={value}" for key, value in UNET.items())
+POOLS = f"pools={os.environ['COMPOSER_TEST_POOLS']}"  # what one test prepared, the next one takes
+OVERRIDES = (POOLS, *(f"model.unet.{key}={value}" for key, value in UNET.items()))
 
 
 def small_config(overrides=()):
