@@ -26,10 +26,24 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.interpreters import pxla  # no public way to the options of every program
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+NO_EMITTERS = "xla_cpu_use_fusion_emitters"  # through MLIR: half of the time of a program that is
+compile_options = pxla.compiler.get_compile_options  # not optimised
+
+
+def quick_options(*args, **options):
+    made = compile_options(*args, **options)
+    if jax.config.read("jax_disable_most_optimizations"):
+        made.env_option_overrides = [*made.env_option_overrides, (NO_EMITTERS, False)]
+    return made
+
+
+pxla.compiler.get_compile_options = quick_options
 
 
 def pytest_collection_modifyitems(config, items):
