@@ -6,7 +6,11 @@ from composer_jax.training.config import load_config
 
 UNET = {"block_out_channels": (16,), "attention": (False,), "heads": (2,)}
 POOLS = f"pools={os.environ['COMPOSER_TEST_POOLS']}"  # what one test prepared, the next one takes
-OVERRIDES = (POOLS, *(f"model.unet.{key}={value}" for key, value in UNET.items()))
+OVERRIDES = (
+    POOLS,
+    "sampler.steps=2",
+    *(f"model.unet.{key}={value}" for key, value in UNET.items()),
+)
 
 
 def small_config(overrides=()):

@@ -210,6 +210,7 @@ def _from_levels(levels: np.ndarray, distinct: np.ndarray, coloured: bool) -> di
     return _compact(renumber(levels, distinct, range(1, len(distinct) + 1)))
 
 
+@jax.jit
 def _colour(stored, jitter_Nx3: jax.Array) -> jax.Array:
     classes_N = _wrap(jnp.asarray(stored["classes"]))
     table_Nx3 = jnp.asarray(CLASS_COLOURS)[classes_N] + jitter_Nx3

@@ -98,6 +98,8 @@ def test_training_moves_both_networks_alike(clip, folder):
             return optax.apply_updates(params, updates), state, value, grads
 
         gradients[backend] = nested(step(given, optimizer.init(given))[-1])
+        if backend == "flax":  # whose training is asked for in clip_test.py
+            continue
         params, _ = ravel_pytree(small_clip(CAPTIONS, image_size=16, backend=backend).params)
         state, losses = optimizer.init(params), []
         for _ in range(60):

@@ -9,9 +9,8 @@ from composer_jax.models.detectors import DepthConfig
 from composer_jax.storage.models import find_part, load_depth
 from composer_jax.training.config import load_config
 
-pytestmark = pytest.mark.optimised  # much is computed
 
-
+@pytest.mark.optimised  # much is computed
 def test_the_bundled_regressor_sees_depth():
     """With the mean map taken away: 0.947 on 128 held-out scenes."""
     batch = open_source("scenes:48", size=64, split="test").batch(range(48))

@@ -12,7 +12,7 @@ from composer_jax.models.objects import ObjectConfig, _group
 from composer_jax.storage.models import find_part, load_objects
 from composer_jax.training.config import load_config
 
-pytestmark = pytest.mark.optimised  # much is computed
+computed = pytest.mark.optimised  # much is
 
 COUNT = 64
 
@@ -27,6 +27,7 @@ def detector():
     return load_objects(find_part("bundled", "objects"))
 
 
+@computed
 def test_the_bundled_detector_sees_every_object(scenes, detector):
     """On these 64 scenes; `configs/scenes64_objects.py` has the numbers of 1,024."""
     seen = detector.look()(scenes["image"])
@@ -37,6 +38,7 @@ def test_the_bundled_detector_sees_every_object(scenes, detector):
     assert np.mean(iou) > 0.85
 
 
+@computed
 def test_captions_are_true_of_their_scenes_and_of_no_other(scenes, detector):
     reader, texts, images = FactReader(detector), scenes["given"]["caption"], scenes["image"]
     own = [reader.agreement(*pair) for pair in zip(texts, images, strict=True)]
@@ -47,6 +49,7 @@ def test_captions_are_true_of_their_scenes_and_of_no_other(scenes, detector):
     assert np.isnan(reader.agreement("a photo of a cat", images[0]))
 
 
+@computed
 def test_shapes_are_surer_in_scenes_than_in_smeared_ones(scenes, detector):
     import cv2
 
@@ -55,6 +58,7 @@ def test_shapes_are_surer_in_scenes_than_in_smeared_ones(scenes, detector):
     assert reader.certainty(scenes["image"]) > reader.certainty(smeared) + 0.03
 
 
+@computed
 def test_it_is_the_segmenter_of_instances(scenes):
     condition = conditions.get("instances")
     segmenter = scenes_judges()["segmenter"]
