@@ -17,10 +17,12 @@ os.environ.setdefault(
 )
 if "COMPOSER_TEST_DEVICES" not in os.environ:  # processes that tests start inherit it
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-for folder in ("JAX_COMPILATION_CACHE_DIR", "COMPOSER_TEST_POOLS"):
-    if folder not in os.environ:  # what one test compiled or prepared, the next one takes
-        os.environ[folder] = tempfile.mkdtemp(prefix="composer-test-")
-        atexit.register(shutil.rmtree, os.environ[folder], ignore_errors=True)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one test compiled, the next one takes
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="composer-jax-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "COMPOSER_TEST_POOLS" not in os.environ:  # and what one prepared
+    os.environ["COMPOSER_TEST_POOLS"] = tempfile.mkdtemp(prefix="composer-pools-")
+    atexit.register(shutil.rmtree, os.environ["COMPOSER_TEST_POOLS"], ignore_errors=True)
 
 import jax
 import numpy as np
