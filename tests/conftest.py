@@ -46,12 +46,14 @@ def quick_options(*args, **options):
 
 
 pxla.compiler.get_compile_options = quick_options
+ALONE = jax.device_count() == 1  # which has read XLA's flags; what follows is for processes that
+if ALONE:  # tests start
+    os.environ["XLA_FLAGS"] += f" --{NO_EMITTERS}=false"
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is for the other run; the rest begins with what is quickest."""
-    alone = jax.device_count() == 1
-    wanted = {item: (item.get_closest_marker("mesh") is None) == alone for item in items}
+    wanted = {item: (item.get_closest_marker("mesh") is None) == ALONE for item in items}
     config.hook.pytest_deselected(items=[item for item in items if not wanted[item]])
     items[:] = [item for item in items if wanted[item]]
     items.sort(key=lambda item: item.get_closest_marker("fast") is None)
