@@ -17,14 +17,13 @@ os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 import jax
 import numpy as np
 
-from composer_jax.data.extractors import load_extractors
+from composer_jax.data.extractors import absent_values, load_extractors
 from composer_jax.data.stream import Caches
 from composer_jax.training.composer import make_recipe
 from composer_jax.training.config import load_config
 from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.state import abstract_state, start_state
 from composer_jax.training.step import train_step
-from composer_jax.training.tasks import absent_values
 
 
 def main() -> None:

@@ -139,13 +139,13 @@ def run(tmp_path_factory, perturbed):
     a codec that is little more than the best linear one."""
     import skimage.data
 
+    from composer_jax.data.extractors import absent_values
     from composer_jax.models.clip import Clip
     from composer_jax.models.composer import Composer
     from composer_jax.models.initializers import described, initialised
     from composer_jax.models.vae import PRESETS, VAE, pca_skip
     from composer_jax.storage.models import BUNDLED, save_model, save_part
     from composer_jax.training.plan import composer_config
-    from composer_jax.training.tasks import absent_values
     from tests.small import small_config
 
     config = small_config()

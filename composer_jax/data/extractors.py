@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from composer_jax import conditions
-from composer_jax.data.prepare import CHUNK, Encoders, available, fingerprint
+from composer_jax.data.prepare import CHUNK, Encoders, available, fingerprint, remembered
 from composer_jax.data.sources import Source
 from composer_jax.data.stream import Caches
 from composer_jax.data.tools import load_tools
@@ -34,8 +36,11 @@ class Extractors:
     encoders: Encoders
     made_by: Mapping[str, Any]
 
-    def conditions(self, wanted: Sequence[str], source: Source | Caches) -> tuple[str, ...]:
-        """Those that are wanted, or, where that is empty, all that this source can give or holds.
+    def conditions(
+        self, wanted: Sequence[str], source: Source | Caches, pools: Path | None = None
+    ) -> tuple[str, ...]:
+        """Those that are wanted, or, where that is empty, all that this source can give or holds;
+        what it can give is asked once, and kept in `pools`, if there are any.
 
         Raises ValueError for an unknown one; what is left out is named in the log.
         """
@@ -43,11 +48,39 @@ class Extractors:
             for name in wanted:
                 conditions.get(name)
             return tuple(wanted)
-        reasons = available(source, self.tools)
+        code = conditions.fingerprint(conditions.names())
+        key = ["available", source.key, len(source), source.size, self.made_by, code]
+        reasons = remembered(pools, key, lambda: available(source, self.tools))
         for name, reason in reasons.items():
             if reason:
                 log.warning("goes without %s: %s", name, reason)
         return tuple(name for name, reason in reasons.items() if reason is None)
+
+    def absent(self, names: Sequence[str], pools: Path) -> dict[str, dict[str, np.ndarray]]:
+        """`absent_values`, encoded once and kept in `pools`."""
+
+        def encode() -> dict:
+            return jax.tree.map(np.ndarray.tolist, absent_values(names, self.tools))
+
+        code = conditions.fingerprint(names)
+        kept = remembered(pools, ["absent", self.made_by, names, code], encode)
+        return {
+            name: {part: np.asarray(value, np.float32) for part, value in parts.items()}
+            for name, parts in kept.items()
+        }
+
+
+def absent_values(
+    names: Sequence[str], tools: Mapping[str, Any]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Values of the conditions whose absence is encoded, float32, one example each."""
+    values = {}
+    for name in names:
+        condition = conditions.get(name)
+        stored = condition.absent(tools.get(condition.tool))
+        if stored is not None:
+            values[name] = jax.tree.map(np.asarray, condition.value(stored))
+    return values
 
 
 def load_extractors(config) -> Extractors:

@@ -36,6 +36,22 @@ def arrays_of(name: str, stored) -> Any:
     return {key: stored[key] for key, part in feature.items() if part.dtype != "str"}
 
 
+def remembered(pools: Path | None, key: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives, JSON's types: kept in `pools` for the next start with the same `key`."""
+    if pools is None:
+        return make()
+    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    path = pools / f"{name}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    made = make()
+    pools.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{uuid.uuid4().hex}.new")
+    new.write_text(json.dumps(made))
+    new.replace(path)
+    return made
+
+
 def available(source: Source, tools: Mapping[str, Any]) -> dict[str, str | None]:
     """For every known condition: None where this source and these tools give it, else why not."""
     example = source.batch(np.arange(min(2, len(source))))

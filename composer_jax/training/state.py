@@ -30,26 +30,52 @@ class TrainState:
     step: jax.Array
 
 
-def create_state(params, optimizer: optax.GradientTransformation, lengths=()) -> TrainState:
-    """State at step 0; averages start as copies, so that donation never frees anything twice."""
-    ema, *averages = (jax.tree.map(jnp.copy, params) for _ in (None, *lengths))
-    named = {f"{length:g}": one for length, one in zip(lengths, averages, strict=True)}
-    return TrainState(params, ema, named, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-
 def abstract_state(params, optimizer: optax.GradientTransformation, lengths=()) -> TrainState:
-    """Shapes and dtypes of `create_state`; of `params`, arrays or `Tensor`s, none is read."""
+    """Shapes and dtypes of `start_state`; of `params`, arrays or `Tensor`s, none is read."""
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    return jax.eval_shape(partial(create_state, optimizer=optimizer, lengths=lengths), shapes)
+    averages = {f"{length:g}": shapes for length in lengths}
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(shapes, shapes, averages, jax.eval_shape(optimizer.init, shapes), step)
 
 
 def start_state(
     params, optimizer: optax.GradientTransformation, lengths, shardings: TrainState
 ) -> TrainState:
-    """`create_state` laid out as `shardings` say: each process reads its own parts of `params`,
-    arrays or `Tensor`s, and no program is compiled but to copy and to fill with zeros."""
+    """The state at step 0, laid out as `shardings` say; averages begin as copies.
+
+    Each process reads its own parts of `params`, arrays or `Tensor`s, and nothing is compiled for
+    the shape of an array.
+    """
+    shapes = abstract_state(params, optimizer, lengths)
     placed = jax.tree.map(_place, params, shardings.params)
-    return jax.device_put(create_state(placed, optimizer, lengths), shardings)
+    copy = partial(jax.device_put, may_alias=False)
+    ema = jax.tree.map(copy, placed, shardings.ema)
+    averages = {length: jax.tree.map(copy, placed, of) for length, of in shardings.averages.items()}
+    step = jax.device_put(np.zeros((), np.int32), shardings.step)
+    values = _constants(shapes.params, optimizer)
+    if values is None:
+        opt_state = jax.device_put(optimizer.init(placed), shardings.opt_state)
+    else:
+        opt_state = jax.tree.map(_filled, values, shapes.opt_state, shardings.opt_state)
+    return TrainState(placed, ema, averages, opt_state, step)
+
+
+def _constants(shapes, optimizer: optax.GradientTransformation):
+    """What the optimizer's state begins with, an element for each array that is as large as a
+    parameter; None where it depends on parameters. Asked of arrays of one element each."""
+
+    def begins(value: float):
+        ones = jax.tree.map(lambda s: jnp.full((1,) * len(s.shape), value, s.dtype), shapes)
+        return jax.device_get(optimizer.init(ones))
+
+    first, second = begins(1.0), begins(2.0)
+    same = jax.tree.leaves(jax.tree.map(np.array_equal, first, second))
+    return first if all(same) else None
+
+
+def _filled(value: np.ndarray, shape: jax.ShapeDtypeStruct, sharding) -> jax.Array:
+    whole = np.broadcast_to(value, shape.shape)
+    return jax.make_array_from_callback(shape.shape, sharding, whole.__getitem__)
 
 
 def _place(leaf, sharding) -> jax.Array:

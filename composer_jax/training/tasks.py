@@ -106,8 +106,6 @@ def _data(
     """
     part = share(make_mesh(**config.mesh), config.batch)
 
-    pools = Path(config.pools) if config.pools else workdir / "pools"
-
     def opened(source: Source | Caches) -> tuple[dict, Callable[[int], Any], int]:
         """The first examples, batches, and how many of these go over all."""
         if isinstance(source, Caches):
@@ -115,7 +113,7 @@ def _data(
             read = source.batches(config.batch, config.seed, part)
             pool, count = source.examples(range(min(shown, len(source)))), len(source)
             return pool, lambda step: take(read(step)), -(-count // config.batch)
-        pool = prepare(source, names, tools, encoders, pools, made_by)
+        pool = prepare(source, names, tools, encoders, _pools(config, workdir), made_by)
         rows = batches(take(pool), config.batch, config.seed, part)
         return pool, rows, -(-len(pool["image"]) // config.batch)
 
@@ -126,6 +124,11 @@ def _data(
     if held_out is None:
         return Data(pool, rows, shown=pool)
     return Data(pool, rows, *opened(held_out))
+
+
+def _pools(config, workdir: Path) -> Path:
+    """Where sources taken apart are kept."""
+    return Path(config.pools) if config.pools else workdir / "pools"
 
 
 def _stored(names: Sequence[str], *more: str) -> Callable[[Mapping], dict]:
@@ -272,8 +275,10 @@ def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
     """The composer on latents of a fixed codec and embeddings of a fixed CLIP."""
     extractors = load_extractors(config)
     vae, clip, tools = extractors.vae, extractors.clip, extractors.tools
-    names = extractors.conditions(config.conditions, source)
-    recipe = make_recipe(config, names, clip.sizes, vae.config, absent_values(names, tools))
+    pools = _pools(config, workdir)
+    names = extractors.conditions(config.conditions, source, pools)
+    absent = extractors.absent(names, pools)
+    recipe = make_recipe(config, names, clip.sizes, vae.config, absent)
     made_by, encoders = extractors.made_by, extractors.encoders
     take = _stored(names, "moments")
     data = _data(config, source, workdir, take, names, tools, encoders, made_by)
@@ -301,14 +306,3 @@ def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
 
     about = [fingerprint(recipe.constants), conditions.fingerprint(names)]
     return Task(recipe.params, recipe.loss, data, export, tensors, about)
-
-
-def absent_values(names, tools: Mapping[str, Any]) -> dict:
-    """Values of the conditions whose absence is encoded, one example each."""
-    values = {}
-    for name in names:
-        condition = conditions.get(name)
-        stored = condition.absent(tools.get(condition.tool))
-        if stored is not None:
-            values[name] = condition.value(stored)
-    return values

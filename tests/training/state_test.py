@@ -1,12 +1,14 @@
 """The state at step 0: the same on every mesh, each part drawn once, and nothing shared."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from composer_jax.models.files import Tensor
 from composer_jax.models.initializers import Start
+from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import make_mesh, shard_tree
 from composer_jax.training.state import abstract_state, start_state
 
@@ -52,6 +54,27 @@ def test_it_is_the_same_on_every_mesh_and_each_part_is_drawn_once(sizes):
     for copy in (state.ema, state.averages["0.1"]):
         jax.tree.map(np.testing.assert_array_equal, copy, state.params)
     assert not any(np.any(moment) for moment in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        make_optimizer(1e-3, 10, 1, 0.5, 0.1, 1.0, (0.9, 0.99), mu_dtype="bfloat16"),
+        make_optimizer(1e-3, 10, 1, 0.5, 0.1, 1.0, (0.9, 0.99), name="muon"),
+        optax.chain(optax.ema(0.9), optax.adam(1.0)),
+        optax.stateless(lambda updates, params: updates),
+        optax.GradientTransformation(lambda params: params, lambda *each: each[:2]),  # of its own
+    ],
+)
+def test_an_optimizer_s_state_is_what_it_begins_with(optimizer):
+    params = {"kernel": np.full((8, 4), 3.0, np.float32), "bias": np.full(4, 5.0, np.float32)}
+    shardings = shard_tree(abstract_state(params, optimizer), make_mesh(1, 8, 1), RULES)
+    state = start_state(params, optimizer, (), shardings)
+    wanted = optimizer.init(jax.tree.map(jnp.asarray, params))
+    assert jax.tree.structure(state.opt_state) == jax.tree.structure(wanted)
+    for found, leaf in zip(*map(jax.tree.leaves, (state.opt_state, wanted)), strict=True):
+        assert found.dtype == leaf.dtype
+        np.testing.assert_array_equal(found, leaf)
 
 
 def test_arrays_may_be_given_and_copies_are_their_own():
