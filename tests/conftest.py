@@ -6,8 +6,11 @@ but for tests marked `mesh`, which are run apart (`COMPOSER_TEST_DEVICES=8 pytes
 """
 
 import atexit
+import ctypes
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 
@@ -64,6 +67,9 @@ def forget_programs():
     """Programs are shared within a file; all of them would fill the memory of a laptop."""
     yield
     jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":  # glibc keeps what is freed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a file compile anything

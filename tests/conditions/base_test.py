@@ -103,6 +103,13 @@ def test_a_ninth_condition_in_a_folder_on_the_path_is_found_and_goes_with_it(tmp
         get("brightness")
 
 
+def test_a_file_that_comes_to_a_folder_later_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(conditions, "__path__", [*conditions.__path__, str(tmp_path)])
+    before = names()
+    (tmp_path / "ninth.py").write_text(textwrap.dedent(NINTH.format(name="late")))
+    assert set(names()) - set(before) == {"late"}
+
+
 def test_a_file_of_the_same_name_in_another_folder_is_read_anew(tmp_path, monkeypatch):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

@@ -1,10 +1,15 @@
 """Preparing: made once, made anew when what makes it changes, never half-written."""
 
+import jax
 import numpy as np
 import pytest
 
-from composer_jax.data.prepare import prepare
+from composer_jax import conditions
+from composer_jax.data.extractors import absent_values, load_extractors
+from composer_jax.data.prepare import prepare, remembered
 from composer_jax.data.sources import Source, open_source
+from composer_jax.models.clip import Clip
+from tests.small import small_config
 
 
 @pytest.fixture
@@ -36,6 +41,35 @@ def test_it_is_made_once_and_anew_when_its_maker_changes(source, tmp_path):
     np.testing.assert_array_equal(again["stored"]["sketch"], first["stored"]["sketch"])
     pool(2)
     assert sum(calls) == 140
+
+
+def test_what_is_asked_of_a_source_is_asked_once(tmp_path):
+    calls = []
+
+    def ask():
+        calls.append(1)
+        return {"depth": None, "caption": "no text", "tokens": [[0.1, 1e-30], [3.0, -2.5]]}
+
+    pools = tmp_path / "pools"
+    found = [remembered(pools, ["source", 1], ask) for _ in range(2)]
+    assert found[0] == found[1] and len(calls) == 1
+    remembered(pools, ["source", 2], ask)
+    assert len(calls) == 2 and len(list(pools.iterdir())) == 2
+    assert remembered(None, ["source", 1], ask) == found[0] and len(calls) == 3
+
+
+def test_a_second_start_encodes_nothing_and_has_the_same_absent_values(tmp_path, monkeypatch):
+    config = small_config(["conditions=()"])
+    source, extractors = open_source("scenes:4", size=64), load_extractors(config)
+    names = extractors.conditions((), source, tmp_path)
+    absent = extractors.absent(names, tmp_path)
+    wanted = absent_values(names, extractors.tools)
+    assert set(names) == set(conditions.names()) and set(absent) == {"caption"}
+    jax.tree.map(np.testing.assert_array_equal, absent, wanted)
+    monkeypatch.setattr(Clip, "text", None)
+    monkeypatch.setattr(Clip, "image", None)
+    assert extractors.conditions((), source, tmp_path) == names
+    jax.tree.map(np.testing.assert_array_equal, extractors.absent(names, tmp_path), wanted)
 
 
 def test_an_older_pool_stays_when_a_new_one_fails(source, tmp_path):

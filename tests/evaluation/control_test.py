@@ -12,6 +12,7 @@ from composer_jax.evaluation.control import (
     degenerate,
     extract_all,
     measure_control,
+    remembering,
 )
 from composer_jax.evaluation.judges import scenes_judges
 from composer_jax.storage.models import find_part
@@ -108,3 +109,25 @@ def test_what_is_measured_beside_is_perfect_for_the_image_itself(scenes, tools):
         for row in found.beside.values():
             assert row["sample"] == pytest.approx(value, abs=1e-6)
             assert name == "mask" or abs(row["permuted"] - value) > 0.3  # seams have a mean of 0
+
+
+def test_a_judge_looks_at_an_image_once_and_at_many_at_a_time():
+    seen = []
+
+    def tool(images):
+        seen.append([image.flat[0] for image in images])
+        return images.mean(axis=(1, 2))
+
+    images = np.arange(40, dtype=np.uint8)[:, None, None, None] + np.zeros((2, 2, 3), np.uint8)
+    judge = remembering({"a": tool, "b": None})
+    assert judge["b"] is None and remembering(judge)["a"] is judge["a"]
+    judge["a"].look(images[:20])
+    assert [len(set(batch)) for batch in seen] == [16, 4]
+    for image in images[:20]:
+        np.testing.assert_array_equal(judge["a"](image[None])[0], image[0, 0])
+    judge["a"].look(images[10:])
+    assert len(seen) == 4 and {number for batch in seen[2:] for number in batch} == set(
+        range(20, 40)
+    )
+    np.testing.assert_array_equal(judge["a"](images)[:, 0], np.arange(40))
+    assert len(seen) == 4
