@@ -60,8 +60,12 @@ class Start:
         words = ["--config", config, "--workdir", workdir, *(f"--config.{o}" for o in options)]
         start = time.perf_counter()
         with told.open("wb") as log:
-            child = subprocess.Popen(
-                [*self.command, *words], stderr=log, stdout=log, env=self.environment
+            child = subprocess.Popen(  # elsewhere, or Python would take the package from here
+                [*self.command, *words],
+                stderr=log,
+                stdout=log,
+                env=self.environment,
+                cwd=self.folder,
             )
             while not until(workdir, told):
                 if child.poll() is not None:
