@@ -6,6 +6,7 @@ cache (`data/cache.py`) of any size. Both take chunks apart here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -42,7 +43,7 @@ def remembered(pools: Path | None, key: Any, make: Callable[[], Any]) -> Any:
         return make()
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = pools / f"{name}.json"
-    if path.is_file():
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         return json.loads(path.read_text())
     made = make()
     pools.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,8 @@ def abstract_state(params, optimizer: optax.GradientTransformation, lengths=()) 
 def start_state(
     params, optimizer: optax.GradientTransformation, lengths, shardings: TrainState
 ) -> TrainState:
-    """The state at step 0, laid out as `shardings` say; averages begin as copies.
+    """The state at step 0, laid out as `shardings` say; no two arrays share memory, which a step
+    would be given twice.
 
     Each process reads its own parts of `params`, arrays or `Tensor`s, and nothing is compiled for
     the shape of an array.
@@ -54,7 +55,7 @@ def start_state(
     step = jax.device_put(np.zeros((), np.int32), shardings.step)
     values = _constants(shapes.params, optimizer)
     if values is None:
-        opt_state = jax.device_put(optimizer.init(placed), shardings.opt_state)
+        opt_state = jax.tree.map(copy, optimizer.init(placed), shardings.opt_state)
     else:
         opt_state = jax.tree.map(_filled, values, shapes.opt_state, shardings.opt_state)
     return TrainState(placed, ema, averages, opt_state, step)

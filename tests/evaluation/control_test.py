@@ -131,3 +131,5 @@ def test_a_judge_looks_at_an_image_once_and_at_many_at_a_time():
     )
     np.testing.assert_array_equal(judge["a"](images)[:, 0], np.arange(40))
     assert len(seen) == 4
+    with pytest.raises(ValueError, match="a tool gave 1 results for 2 images"):
+        remembering({"a": lambda images: images[:1]})["a"].look(images[:2])

@@ -75,6 +75,7 @@ def test_an_optimizer_s_state_is_what_it_begins_with(optimizer):
     for found, leaf in zip(*map(jax.tree.leaves, (state.opt_state, wanted)), strict=True):
         assert found.dtype == leaf.dtype
         np.testing.assert_array_equal(found, leaf)
+    jax.jit(lambda state: jax.tree.map(lambda leaf: 2 * leaf, state), donate_argnums=0)(state)
 
 
 def test_arrays_may_be_given_and_copies_are_their_own():
