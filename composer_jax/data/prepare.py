@@ -38,7 +38,8 @@ def arrays_of(name: str, stored) -> Any:
 
 
 def remembered(pools: Path | None, key: Any, make: Callable[[], Any]) -> Any:
-    """What `make` gives, JSON's types: kept in `pools` for the next start with the same `key`."""
+    """What `make` gives, JSON's types: kept in `pools`, where these can be written, for the next
+    start with the same `key`."""
     if pools is None:
         return make()
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -46,10 +47,14 @@ def remembered(pools: Path | None, key: Any, make: Callable[[], Any]) -> Any:
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         return json.loads(path.read_text())
     made = make()
-    pools.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(f".{uuid.uuid4().hex}.new")
-    new.write_text(json.dumps(made))
-    new.replace(path)
+    with contextlib.suppress(OSError):  # of others, whom all may read: then it is asked each time
+        try:
+            pools.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps(made))
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
     return made
 
 

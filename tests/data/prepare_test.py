@@ -56,9 +56,11 @@ def test_what_is_asked_of_a_source_is_asked_once(tmp_path):
     remembered(pools, ["source", 2], ask)
     assert len(calls) == 2 and len(list(pools.iterdir())) == 2
     assert remembered(None, ["source", 1], ask) == found[0] and len(calls) == 3
+    (tmp_path / "file").touch()  # where nothing can be written
+    assert remembered(tmp_path / "file", ["source", 1], ask) == found[0] and len(calls) == 4
     for path in pools.iterdir():
         path.write_text(path.read_text()[:20])  # damaged
-    assert remembered(pools, ["source", 1], ask) == found[0] and len(calls) == 4
+    assert remembered(pools, ["source", 1], ask) == found[0] and len(calls) == 5
 
 
 def test_a_second_start_encodes_nothing_and_has_the_same_absent_values(tmp_path, monkeypatch):

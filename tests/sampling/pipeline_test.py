@@ -57,12 +57,12 @@ def test_64_random_subsets_compile_once_for_each_bucket(pipe, scene, monkeypatch
                         scene[1][i][name],
                         strength=float(rng.random()),
                         window=(begin, 1.0) if rng.random() < 0.5 else (0.0, begin + 0.1),
-                        scale=float(rng.uniform(0, 5)) if rng.random() < 0.1 else None,
-                        region=some_region(rng) if not uses or rng.random() < 0.1 else None,
+                        scale=float(rng.uniform(0, 5)) if rng.random() < 0.2 else None,
+                        region=some_region(rng) if rng.random() < 0.3 else None,
                     )
                     for i in range(1 + (name in ("sketch", "depth") and rng.random() < 0.3))
                 ]
-                if rng.random() < 0.1:
+                if rng.random() < 0.2:
                     uses[name].append(cj.use(scene[1][1][name], negative=True))
         try:
             image = pipe(
