@@ -23,7 +23,7 @@ from composer_jax.training.loop import train as run_loop
 from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import only
-from composer_jax.training.tasks import Task, make_task, open_data
+from composer_jax.training.tasks import Task, make_task, open_data, pools_folder
 
 PREFIX = "--config."
 SHOWN = 8  # examples in a sample grid
@@ -86,6 +86,7 @@ def train(config: ConfigDict, workdir: Path) -> Task:
     )
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
     share(make_mesh(**config.mesh), config.batch)  # what cannot be split is said before all else
+    pools_folder(config, workdir)
     with main_first():
         if is_main():
             keep_config(config, workdir)

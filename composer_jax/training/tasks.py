@@ -113,7 +113,7 @@ def _data(
             read = source.batches(config.batch, config.seed, part)
             pool, count = source.examples(range(min(shown, len(source)))), len(source)
             return pool, lambda step: take(read(step)), -(-count // config.batch)
-        pool = prepare(source, names, tools, encoders, _pools(config, workdir), made_by)
+        pool = prepare(source, names, tools, encoders, pools_folder(config, workdir), made_by)
         rows = batches(take(pool), config.batch, config.seed, part)
         return pool, rows, -(-len(pool["image"]) // config.batch)
 
@@ -126,9 +126,12 @@ def _data(
     return Data(pool, rows, *opened(held_out))
 
 
-def _pools(config, workdir: Path) -> Path:
-    """Where sources taken apart are kept."""
-    return Path(config.pools) if config.pools else workdir / "pools"
+def pools_folder(config, workdir: Path) -> Path:
+    """Where sources taken apart are kept. Raises ValueError where that is a file."""
+    folder = Path(config.pools) if config.pools else workdir / "pools"
+    if folder.is_file():
+        raise ValueError(f"pools {folder} is a file; a folder is wanted")
+    return folder
 
 
 def _stored(names: Sequence[str], *more: str) -> Callable[[Mapping], dict]:
@@ -275,7 +278,7 @@ def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
     """The composer on latents of a fixed codec and embeddings of a fixed CLIP."""
     extractors = load_extractors(config)
     vae, clip, tools = extractors.vae, extractors.clip, extractors.tools
-    pools = _pools(config, workdir)
+    pools = pools_folder(config, workdir)
     names = extractors.conditions(config.conditions, source, pools)
     absent = extractors.absent(names, pools)
     recipe = make_recipe(config, names, clip.sizes, vae.config, absent)

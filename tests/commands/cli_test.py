@@ -132,6 +132,8 @@ def test_a_codec_trains_on_a_folder_of_few_photos(photo, tmp_path, capsys):
         (["train", "--config", "scenes64", "--workdir", "OUT", "--config.steps=x"], "type int"),
         (["train", "--config", "scenes64:smoke", "--workdir", "OUT",
           "--config.source=folder:EMPTY"], "holds no image"),
+        (["train", "--config", "scenes64:smoke", "--workdir", "OUT", "--config.pools=PHOTO"],
+         "is a file; a folder is wanted"),
         (["train", "--config", "scenes64:smoke", "--workdir", "OUT", "--config.task=x"], "allowed"),
     ],
 )  # fmt: skip
