@@ -103,13 +103,17 @@ def parts(root: Path) -> list[str | None]:
 def read_map(root: Path, run: Path) -> dict:
     """{"lines": {file: {line: [tests' files]}}, "seconds": {test's file: s}} of a covered run."""
     from coverage import CoverageData
+    from coverage.exceptions import DataError
 
     seconds, lines = {}, defaultdict(lambda: defaultdict(set))
     for file in run.glob("seconds-*.json"):
         seconds |= json.loads(file.read_text())
     for file in run.glob(".coverage.*"):
         data = CoverageData(basename=str(file))
-        data.read()
+        try:
+            data.read()
+        except DataError:  # of a process that a test killed while it wrote
+            continue
         for path in data.measured_files():
             for line, tests in data.contexts_by_lineno(path).items():
                 lines[str(Path(path).relative_to(root))][line] |= set(tests) - {""}
