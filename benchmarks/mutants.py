@@ -5,10 +5,10 @@
 
 Draws places of this project's mathematics at random and one mutation of cosmic-ray's at each, of
 those that can be made in both checkouts; what changes annotations only, or compares by `==` where
-`is` stood, is none. Each is made in copies of the two checkouts, whose tests run with `-x`: first
-the mirrored file, then all others that run the mutated lines, which is told by coverage (each
-suite is run once for that). Results are lines of FOLDER/mutants.jsonl, and a next call goes on
-from them. A table of both numbers, and every survivor, is printed at the end.
+`is` stood, is none. Each is made in copies of the two checkouts: it meets the mirrored file of
+tests alone, and then, together with others that lived, all tests that run the mutated lines, which
+is told by coverage (each suite is run once for that). Results are lines of FOLDER/mutants.jsonl,
+and a next call goes on from them. Both numbers, and every survivor, are printed at the end.
 
 It is also the plugin of pytest that tells coverage which file is running.
 """
@@ -21,10 +21,9 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -50,6 +49,7 @@ include =
     {files}
 """
 START = "import coverage; coverage.process_startup()\n"  # in processes that tests start
+PYTEST = ("-m", "pytest", "-rfE", "-p", "no:cacheprovider")
 NO_TESTS = 5  # pytest's code where all tests are of the other part
 LIMIT = 60.0  # seconds; and three times what the tests took unmutated
 
@@ -210,48 +210,134 @@ def draw(seed: int, other: Path):
             yield path, mutant, {"here": mutated, "other": there}
 
 
-def chosen(found: dict, path: str, source: str, row: int) -> list[str]:
-    """The files of tests that run a line: the mirrored one, then the quickest."""
-    lines = found["lines"].get(path, {})
-    tests = set()
-    for rows in (*around(source, row), range(1, 10**6)):
-        tests = tests or {test for at in rows for test in lines.get(str(at), ())}
-    mirrored = path.replace("composer_jax", "tests").replace(".py", "_test.py")
-    return sorted(tests, key=lambda test: (test != mirrored, found["seconds"].get(test, 0.0)))
+def changed(was: str, code: str) -> dict[int, str]:
+    """The lines that a mutation changes, by number."""
+    pairs = zip(was.split("\n"), code.split("\n"), strict=True)
+    return {at: line for at, (old, line) in enumerate(pairs, 1) if old != line}
 
 
-def killer(copy: Path, folder: Path, python: Path, maps: list, path: str, code: str) -> str | None:
-    """The test that notices a mutant, None where none does. The source is as before afterwards."""
-    source = (copy / path).read_text()
-    pairs = zip(source.split("\n"), code.split("\n"), strict=True)
-    row = next(at for at, (was, is_) in enumerate(pairs, 1) if was != is_)
-    (copy / path).write_text(code)
-    try:
-        for devices, found in zip(parts(copy), maps, strict=True):
-            tests = chosen(found, path, source, row)
-            if not tests:
-                continue
-            seconds = LIMIT + 3 * sum(found["seconds"].get(test, 0.0) for test in tests)
-            with subprocess.Popen(
-                [python, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", *tests],
-                cwd=copy,
-                env=environment(copy, folder, devices),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            ) as child:
-                try:
-                    output, _ = child.communicate(timeout=seconds)
-                except subprocess.TimeoutExpired:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    return f"no end after {seconds:.0f} s"
-            if child.returncode not in (0, NO_TESTS):
-                told = (row for row in output.splitlines() if row.startswith(("FAILED", "ERROR")))
-                return next(told, f"exit code {child.returncode}")[:150]
-    finally:
-        (copy / path).write_text(source)
-    return None
+class Suite:
+    """The tests of a checkout, what they cover, and copies of it to change."""
+
+    def __init__(self, name: str, root: Path, out: Path, jobs: int):
+        self.name, self.root, self.folder = name, root, out / name
+        self.python = root / ".venv" / "bin" / "python"
+        self.parts, self.maps = parts(root), map_tests(root, self.folder)
+        self.copies = SimpleQueue()
+        for job in range(jobs):
+            copy = self.folder / f"copy-{job}"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            self.copies.put(copy)
+
+    def source(self, path: str) -> str:
+        return (self.root / path).read_text()
+
+    def covering(self, path: str, code: str) -> list[list[str]]:
+        """For each part of the suite the files of tests that run what a mutant changes."""
+        source, found = self.source(path), []
+        row = min(changed(source, code))
+        for covered in self.maps:
+            lines, tests = covered["lines"].get(path, {}), set()
+            for rows in (*around(source, row), range(1, 10**6)):
+                tests = tests or {test for at in rows for test in lines.get(str(at), ())}
+            found.append(sorted(tests))
+        return found
+
+    def run(self, files: dict[str, str], tests: list[list[str]], *options: str) -> list[str]:
+        """The tests that fail where files are other ones; `tests`: files, for each part."""
+        copy, failed = self.copies.get(), []
+        for path, code in files.items():
+            (copy / path).write_text(code)
+        for devices, covered, some in zip(self.parts, self.maps, tests, strict=True):
+            if some and not (failed and "-x" in options):
+                seconds = LIMIT + 3 * sum(covered["seconds"].get(test, 0.0) for test in some)
+                env = environment(copy, self.folder, devices)
+                command = [self.python, *PYTEST, *options, *some]
+                failed += run_tests(command, copy, env, seconds) or []
+        for path in files:
+            (copy / path).write_text(self.source(path))
+        self.copies.put(copy)
+        return failed
+
+
+def run_tests(command: list, folder: Path, env: dict, seconds: float) -> list[str]:
+    """The tests that failed, a line for each, or one for a run that came to no proper end."""
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as child:
+        try:
+            output, _ = child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            return [f"no end after {seconds:.0f} s"]
+    if child.returncode in (0, NO_TESTS):
+        return []
+    told = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return told or [f"exit code {child.returncode}"]
+
+
+def together(suite: Suite, mutants: dict[str, tuple[str, str]]) -> list[dict[str, tuple]]:
+    """Mutants in groups, no two of which change the same line."""
+    groups: list[dict[str, tuple]] = []
+    for mutant, (path, code) in mutants.items():
+        rows = changed(suite.source(path), code).keys()
+        for group in groups:
+            others = [changed(suite.source(path), c) for p, c in group.values() if p == path]
+            if not any(rows & other.keys() for other in others):
+                group[mutant] = path, code
+                break
+        else:
+            groups.append({mutant: (path, code)})
+    return groups
+
+
+def judge(suite: Suite, mutants: dict[str, tuple[str, str]], told) -> None:
+    """Calls `told(mutant, killer)` for each, the killer None where it lives.
+
+    Each alone meets the file of tests that mirrors its own; what lives meets all other tests that
+    cover it together with the rest, and, where one fails, that one's file alone again.
+    """
+
+    def first(mutant: str) -> str | None:
+        path, code = mutants[mutant]
+        mirrored = path.replace("composer_jax", "tests").replace(".py", "_test.py")
+        tests = [[mirrored] if mirrored in of else [] for of in suite.covering(path, code)]
+        killer = next(iter(suite.run({path: code}, tests, "-x")), None)
+        if killer:
+            told(mutant, killer)
+        return killer
+
+    with ThreadPoolExecutor() as pool:
+        killers = zip(mutants, pool.map(first, mutants), strict=True)
+        left = {mutant: mutants[mutant] for mutant, killer in killers if not killer}
+        for group in together(suite, left):
+            files = {path: suite.source(path).split("\n") for path, _ in group.values()}
+            for path, code in group.values():
+                for row, line in changed(suite.source(path), code).items():
+                    files[path][row - 1] = line
+            covering = {mutant: suite.covering(*of) for mutant, of in group.items()}
+            every = [sorted(set(chain(*of))) for of in zip(*covering.values(), strict=True)]
+            whole = {path: "\n".join(lines) for path, lines in files.items()}
+            failed = suite.run(whole, every, "-n", "2", "--dist", "loadfile")
+
+            def again(mutant, failed=failed, covering=covering):
+                names = {line.split()[1].split("::")[0] for line in failed if "::" in line}
+                tests = [
+                    [test for test in of if not names or test in names] if failed else []
+                    for of in covering[mutant]
+                ]
+                path, code = left[mutant]
+                return next(iter(suite.run({path: code}, tests, "-x")), None)
+
+            for mutant, killer in zip(group, pool.map(again, group), strict=True):
+                told(mutant, killer)
 
 
 def main():
@@ -263,36 +349,23 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     args = parser.parse_args()
     roots, out = {"here": HERE, "other": args.other.resolve()}, args.out.resolve()
-    maps = {name: map_tests(root, out / name) for name, root in roots.items()}
     results = out / "mutants.jsonl"
     lines = map(json.loads, results.read_text().splitlines() if results.exists() else ())
     known = {(line["mutant"], line["suite"]): line["killer"] for line in lines}
-    copies = SimpleQueue()
-    for job in range(args.jobs):
-        for name, root in roots.items():
-            copy = out / f"copy-{job}" / name
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-        copies.put(out / f"copy-{job}")
-
-    def judge(name: str, path: str, mutant: str, code: str) -> None:
-        copy, start, python = copies.get(), time.monotonic(), roots[name] / ".venv/bin/python"
-        found = killer(copy / name, out / name, python, maps[name], path, code)
-        copies.put(copy)
-        known[mutant, name] = found
-        line = {"mutant": mutant, "suite": name, "killer": found}
-        with results.open("a") as file:
-            file.write(json.dumps(line | {"seconds": round(time.monotonic() - start)}) + "\n")
-
     drawn = list(islice(draw(args.seed, roots["other"]), args.count))
-    todo = [
-        (name, path, mutant, code[name])
-        for name in roots
-        for path, mutant, code in drawn
-        if (mutant, name) not in known
-    ]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(lambda each: judge(*each), todo), total=len(todo)))
+    for name, root in roots.items():
+        todo = {m: (path, code[name]) for path, m, code in drawn if (m, name) not in known}
+        bar = tqdm(total=len(todo), desc=str(root))
+
+        def told(mutant, killer, name=name, bar=bar):
+            known[mutant, name] = killer
+            with results.open("a") as file:
+                line = {"mutant": mutant, "suite": name, "killer": killer}
+                file.write(json.dumps(line) + "\n")
+            bar.update()
+
+        if todo:
+            judge(Suite(name, root, out, args.jobs), todo, told)
     for name, root in roots.items():
         killed = sum(known[mutant, name] is not None for _, mutant, _ in drawn)
         print(f"{root}: {killed} of {len(drawn)} killed")

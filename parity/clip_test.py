@@ -82,7 +82,7 @@ def test_token_ids_and_pixels(peer):
     processor = CLIPImageProcessor.from_pretrained(folder)
     for photo in (data.coffee(), data.chelsea(), data.astronaut(), data.rocket()):
         pixels = processor(photo, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
-        found = np.asarray(ours.pixels(ours.preprocess.resize(photo)[None]))[0]
+        found = np.asarray(ours.preprocess.pixels(ours.preprocess.resize(photo)[None]))[0]
         np.testing.assert_allclose(found, pixels, atol=1e-5)
 
 

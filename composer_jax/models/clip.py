@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import tempfile
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,14 @@ BACKENDS = ("flax", "nnx")
 MAX_SCALE = 100.0  # CLIP's bound on the inverse temperature
 
 
+class Programs(NamedTuple):
+    """Two towers; jitted, `encode_text` and `encode_image` by them, of parameters and inputs."""
+
+    towers: Towers
+    text: Callable
+    image: Callable
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
     """A text tower and an image tower that agree; `load` one or make a `small_clip`.
@@ -54,11 +63,10 @@ class Clip:
 
     config: Any
     tokenizer: Any
-    towers: Towers
+    programs: Programs = dataclasses.field(repr=False)
     preprocess: Preprocess
     params: dict[str, Any]
     pad: int
-    programs: tuple[Callable, Callable] = dataclasses.field(repr=False)
 
     @staticmethod
     def load(source, *, backend: str | None = None, skip: int = 0, pad: str | None = None) -> Clip:
@@ -83,11 +91,12 @@ class Clip:
                 raise ValueError(f"{folder} is broken: {' '.join(str(error).split())}") from error
         network = abstract_clip(checked)
         preprocess = Preprocess.load(folder, checked.vision.image_size)
-        towers = _towers(config, network, backend, skip)
+        programs = _programs(config, backend, skip, preprocess)
         params = read_params(folder, module_tensors(network))
-        whose = {"flax": "transformers' FlaxCLIPModel", "nnx": "our own network"}[towers.backend]
+        backend = programs.towers.backend
+        whose = {"flax": "transformers' FlaxCLIPModel", "nnx": "our own network"}[backend]
         log.info("CLIP %s runs by %s", source, whose)
-        return _clip(config, tokenizer, towers, preprocess, params, pad)
+        return _clip(config, tokenizer, programs, preprocess, params, pad)
 
     def save(self, folder) -> None:
         """Writes a directory that `load`, `FlaxCLIPModel`, `CLIPModel`, `CLIPTokenizer` and
@@ -104,7 +113,7 @@ class Clip:
     @property
     def backend(self) -> str:
         """Whose network runs: "flax", transformers', or "nnx", our own."""
-        return self.towers.backend
+        return self.programs.towers.backend
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -137,7 +146,7 @@ class Clip:
         last layer, or `skip` layers before, after the final norm: what Stable Diffusion conditions
         on), "vector" float32 [B, E], unit length."""
         ids_BxL = self.tokenize(texts)
-        tokens_BxLxD, vector_BxE = _in_batches(partial(self.programs[0], self.params), ids_BxL)
+        tokens_BxLxD, vector_BxE = _in_batches(partial(self.programs.text, self.params), ids_BxL)
         return {"ids": ids_BxL, "tokens": tokens_BxLxD, "vector": vector_BxE}
 
     def image(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -150,13 +159,7 @@ class Clip:
                 )
         empty = np.zeros((0, *self.preprocess.crop, 3), np.uint8)
         images = np.stack([self.preprocess.resize(i) for i in images]) if len(images) else empty
-        return _in_batches(lambda part: (self.programs[1](self.params, part),), images)[0]
-
-    def pixels(self, images: jax.Array) -> jax.Array:
-        """uint8 [B, h, w, 3] at the model's size to the tower's normalised float32, in JAX."""
-        mean = jnp.asarray(self.preprocess.mean, jnp.float32)[None, None, None]
-        std = jnp.asarray(self.preprocess.std, jnp.float32)[None, None, None]
-        return (images.astype(jnp.float32) / 255.0 - mean) / std
+        return _in_batches(lambda part: (self.programs.image(self.params, part),), images)[0]
 
     def loss(self, params, images: jax.Array, ids: jax.Array) -> tuple[jax.Array, dict]:
         """The contrastive loss of a batch of pairs, to be called under `jax.jit`.
@@ -169,8 +172,9 @@ class Clip:
             raise ValueError(
                 f"CLIP trains on images {[*self.preprocess.crop, 3]}, not {list(images.shape[1:])}"
             )
-        image_BxE = encode_image(self.towers, self.pixels, params, images)
-        text_BxE = encode_text(self.towers, params, ids)[1]
+        towers = self.programs.towers
+        image_BxE = encode_image(towers, self.preprocess.pixels, params, images)
+        text_BxE = encode_text(towers, params, ids)[1]
         return contrastive_loss(image_BxE, text_BxE, params["logit_scale"], ids)
 
     def with_params(self, params) -> Clip:
@@ -271,21 +275,17 @@ def small_clip(
     config.architectures = ["CLIPModel"]
     network = abstract_clip(CLIPConfig.from_dict(config.to_dict()))
     params = random_params(network, config.logit_scale_init_value, seed)
-    towers = _towers(config, network, backend, skip=0)
-    return _clip(config, tokenizer, towers, Preprocess(image_size, (image_size,) * 2), params)
+    preprocess = Preprocess(image_size, (image_size,) * 2)
+    programs = _programs(config, backend, 0, preprocess)
+    return _clip(config, tokenizer, programs, preprocess, params)
 
 
-def _clip(config, tokenizer, towers, preprocess: Preprocess, params, pad=None) -> Clip:
+def _clip(config, tokenizer, programs: Programs, preprocess, params, pad=None) -> Clip:
     known = tokenizer.get_vocab()
     pad = tokenizer.pad_token if pad is None else pad
     if pad not in known:
         raise ValueError(f"the padding token {pad!r} is not in CLIP's vocabulary")
-    clip = Clip(config, tokenizer, towers, preprocess, dict(params), known[pad], programs=())
-    programs = (
-        jax.jit(partial(encode_text, towers)),
-        jax.jit(partial(encode_image, towers, clip.pixels)),
-    )
-    return dataclasses.replace(clip, programs=programs)
+    return Clip(config, tokenizer, programs, preprocess, dict(params), known[pad])
 
 
 def _check_tokenizer(tokenizer, config: CLIPConfig) -> None:
@@ -300,24 +300,37 @@ def _check_tokenizer(tokenizer, config: CLIPConfig) -> None:
         )
 
 
-def _towers(config, network, backend: str | None, skip: int) -> Towers:
+def _programs(config, backend: str | None, skip: int, preprocess: Preprocess) -> Programs:
+    """What runs a CLIP of transformers' config; what is loaded twice is compiled once."""
     layers = config.text_config.num_hidden_layers
     if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip < layers:
         raise ValueError(f"skip is {skip!r}; this CLIP has {layers} layers, 0 to {layers - 1} go")
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend {backend!r}; allowed: {', '.join(BACKENDS)}")
-    if backend == "nnx":
-        return nnx_towers(network, skip)
-    try:
-        with _quiet() as transformers:
-            module = transformers.FlaxCLIPModel.module_class(config)
-    except Exception as error:  # its absence has many forms, from version to version
-        if backend == "flax":
-            raise ValueError(
-                "backend 'flax' needs transformers 4 and a jax that it knows; here is 'nnx'"
-            ) from error
-        return nnx_towers(network, skip)
-    return flax_towers(module, skip)
+    known = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+    described = json.dumps(known, sort_keys=True, default=str)
+    return _jitted(described, backend, skip, preprocess)
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(described: str, backend: str | None, skip: int, preprocess: Preprocess) -> Programs:
+    towers = _towers(json.loads(described), backend, skip)
+    text, image = partial(encode_text, towers), partial(encode_image, towers, preprocess.pixels)
+    return Programs(towers, jax.jit(text), jax.jit(image))
+
+
+def _towers(described: dict, backend: str | None, skip: int) -> Towers:
+    if backend != "nnx":
+        try:
+            with _quiet() as transformers:
+                config = transformers.CLIPConfig.from_dict(described)
+                return flax_towers(transformers.FlaxCLIPModel.module_class(config), skip)
+        except Exception as error:  # its absence has many forms, from version to version
+            if backend == "flax":
+                raise ValueError(
+                    "backend 'flax' needs transformers 4 and a jax that it knows; here is 'nnx'"
+                ) from error
+    return nnx_towers(abstract_clip(CLIPConfig.from_dict(described)), skip)
 
 
 def _in_batches(program, inputs: np.ndarray) -> list[np.ndarray]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
 from PIL import Image
@@ -228,6 +230,12 @@ class Preprocess:
             "image_std": list(self.std),
             "do_convert_rgb": True,
         }
+
+    def pixels(self, images: jax.Array) -> jax.Array:
+        """uint8 [B, h, w, 3] at the model's size to the tower's normalised float32, in JAX."""
+        mean = jnp.asarray(self.mean, jnp.float32)[None, None, None]
+        std = jnp.asarray(self.std, jnp.float32)[None, None, None]
+        return (images.astype(jnp.float32) / 255.0 - mean) / std
 
     def resize(self, image: np.ndarray) -> np.ndarray:
         """uint8 RGB [H, W, 3] of any size to the model's [h, w, 3], uint8."""

@@ -1,6 +1,7 @@
 """CLIP: the same answers as its peers, a vocabulary of its own, and training."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -111,7 +112,7 @@ def test_preprocessing_equals_the_peers_on_photos(size, crop):
 def test_preprocessing_in_jax_is_the_same(clip):
     batch = images(2)
     expected = (batch / 255.0 - clip.preprocess.mean) / clip.preprocess.std
-    np.testing.assert_allclose(clip.pixels(batch), expected, atol=1e-5)
+    np.testing.assert_allclose(clip.preprocess.pixels(batch), expected, atol=1e-5)
 
 
 def test_a_ribbon_is_cropped_before_it_is_resized():
@@ -133,7 +134,7 @@ def test_batches_give_what_single_ones_give_without_compiling_for_each_size(clip
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
     for count in range(1, 14):
         np.testing.assert_allclose(clip.image(batch[:count]), together[:count], atol=1e-5)
-    assert clip.programs[1]._cache_size() <= 3
+    assert clip.programs.image._cache_size() <= 3
     assert clip.image(batch[:0]).shape == (0, 128)
     assert clip.text([])["tokens"].shape == (0, 48, 128)
 
@@ -143,6 +144,15 @@ def test_a_saved_model_is_the_same_again(clip, folder):
     assert again.sizes == {"text_length": 48, "text_width": 128, "embed_width": 128}
     np.testing.assert_array_equal(again.image(images(2)), clip.image(images(2)))
     np.testing.assert_array_equal(again.text(CAPTIONS)["ids"], clip.text(CAPTIONS)["ids"])
+
+
+def test_what_is_loaded_twice_is_compiled_once(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    first, again = Clip.load(folder), Clip.load(tmp_path / "copy")
+    assert again.programs is first.programs
+    assert Clip.load(folder, skip=1).programs is not first.programs
+    with pytest.raises(ValueError, match="skip is True"):
+        Clip.load(folder, skip=True)
 
 
 @pytest.mark.parametrize("safe", [False, True])
