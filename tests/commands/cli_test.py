@@ -12,7 +12,7 @@ from PIL import Image
 
 import composer_jax as cj
 from composer_jax import conditions
-from composer_jax.cli import HUGE_PAGES, main
+from composer_jax.cli import HUGE_PAGES, XLA_OPTIONS, main
 from tests.small import small_config
 
 
@@ -149,6 +149,21 @@ def test_mistakes_end_in_one_line_and_write_nothing(words, message, run, photo, 
         words = [word.replace(name, str(path)) for word in words]
     assert message in fails(capsys, *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "own", ["--xla_cpu_enable_fast_math=false", f"{XLA_OPTIONS.split('=')[0]}=a"]
+)
+def test_a_command_fuses_outputs_unless_the_user_chose_options_of_the_kind(own, tmp_path):
+    code = (
+        "import os, sys; from composer_jax.cli import main\n"
+        "sys.argv = ['composer', 'sample', '--model', 'nowhere', '--out', 'out']; main()\n"
+        "print(os.environ['XLA_FLAGS'])"
+    )
+    environment = {**os.environ, "GLIBC_TUNABLES": "", "XLA_FLAGS": own}
+    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert done.stdout.split() == ([own] if "options" in own else [own, XLA_OPTIONS])
 
 
 NINTH = """
