@@ -94,8 +94,8 @@ def _take_huge_pages() -> None:
     """Starts this process once more, with huge pages for what malloc maps.
 
     XLA maps its buffers anew for every step on CPU, and with pages of 4 KiB a quarter of a train
-    step goes to page faults (benchmarks/huge_pages.py). glibc reads the setting only at its start;
-    one that the user has made stays.
+    step goes to page faults (benchmarks/cpu_settings.py). glibc reads the setting only at its
+    start; one that the user has made stays.
     """
     if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES

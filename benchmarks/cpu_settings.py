@@ -1,6 +1,9 @@
-"""What huge pages for malloc are worth to a train step on CPU: `python benchmarks/huge_pages.py`.
+"""What the settings that commands take are worth to a train step on CPU: huge pages for malloc, and
+then fused outputs, too.
 
-One process each way, in turn, three times; prints the median step time of each and their ratio.
+    python benchmarks/cpu_settings.py
+
+One process each way, in turn, three times; prints the median step time of each, and ratios.
 """
 
 import json
@@ -12,27 +15,32 @@ from pathlib import Path
 
 import numpy as np
 
-from composer_jax.cli import HUGE_PAGES
+from composer_jax.cli import HUGE_PAGES, XLA_OPTIONS
 
 RUNS = 3
+WAYS = {
+    "neither": {"GLIBC_TUNABLES": "", "XLA_FLAGS": ""},
+    "huge pages": {"GLIBC_TUNABLES": HUGE_PAGES, "XLA_FLAGS": ""},
+    "both": {"GLIBC_TUNABLES": HUGE_PAGES, "XLA_FLAGS": XLA_OPTIONS},
+}
 
 
 def main() -> None:
-    times = {"4 KiB pages": [], "huge pages": []}
+    times = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(RUNS):
-            for name, tunables in (("4 KiB pages", ""), ("huge pages", HUGE_PAGES)):
+            for name, settings in WAYS.items():
                 command = [sys.executable, __file__, "step", folder]
-                environment = {**os.environ, "GLIBC_TUNABLES": tunables}
-                environment["JAX_COMPILATION_CACHE_DIR"] = folder  # compiled once, not six times
+                environment = {**os.environ, **settings}
+                environment["JAX_COMPILATION_CACHE_DIR"] = folder  # compiled once, not three times
                 printed = subprocess.run(
                     command, env=environment, capture_output=True, text=True, check=True
                 )
                 times[name].append(float(printed.stdout.split()[-1]))
     medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
     for name, seconds in medians.items():
-        print(f"{name:12} {seconds * 1e3:6.0f} ms a step of 32 images")
-    print(f"ratio {medians['4 KiB pages'] / medians['huge pages']:.2f}")
+        ratio = seconds / medians["neither"]
+        print(f"{name:12} {seconds * 1e3:6.0f} ms a step of 32 images, ratio {ratio:.2f}")
 
 
 def step(workdir: Path) -> None:
