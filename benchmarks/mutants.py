@@ -153,25 +153,29 @@ def bare(source: str) -> str:
     return ast.dump(tree)
 
 
-def around(source: str, row: int) -> tuple[range, range]:
-    """Lines of the innermost statement at a line, of compound ones the head, and of the innermost
-    function, or else of the outermost statement."""
+def around(source: str, row: int) -> tuple[range, range | None]:
+    """Lines of the innermost function at a line, or else of the outermost statement; and, in the
+    body of a function, lines of the innermost statement, of compound ones the head."""
 
     def first(node):
         return min([node, *getattr(node, "decorator_list", ())], key=lambda n: n.lineno).lineno
 
     statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
     within = [node for node in statements if first(node) <= row <= node.end_lineno]
-    inner = max(within, key=first)
-    end = inner.body[0].lineno if hasattr(inner, "body") else inner.end_lineno + 1
     functions = [node for node in within if isinstance(node, ast.FunctionDef)]
-    outer = max(functions, key=first) if functions else within[0]
-    return range(first(inner), end), range(first(outer), outer.end_lineno + 1)
+    if not functions:
+        return range(first(within[0]), within[0].end_lineno + 1), None
+    outer, inner = max(functions, key=first), max(within, key=first)
+    rows = range(first(outer), outer.end_lineno + 1)
+    if row < outer.body[0].lineno:
+        return rows, None
+    end = inner.body[0].lineno if hasattr(inner, "body") else inner.end_lineno + 1
+    return rows, range(first(inner), end)
 
 
 def in_other(source: str, mutated: str, other: str, row: int) -> str | None:
     """The other checkout's source with the same mutation; None where its function differs."""
-    rows = around(source, row)[1]
+    rows, _ = around(source, row)
     cut = slice(rows.start - 1, rows.stop - 1)
     old = "\n".join(source.split("\n")[cut])
     new = "\n".join(mutated.split("\n")[cut])
@@ -235,13 +239,17 @@ class Suite:
 
     def covering(self, path: str, code: str) -> list[list[str]]:
         """For each part of the suite the files of tests that run what a mutant changes."""
-        source, found = self.source(path), []
-        row = min(changed(source, code))
+        source = self.source(path)
+        function, statement = around(source, min(changed(source, code)))
+        found = []
         for covered in self.maps:
-            lines, tests = covered["lines"].get(path, {}), set()
-            for rows in (*around(source, row), range(1, 10**6)):
+            lines, seconds = covered["lines"].get(path, {}), covered["seconds"]
+            # what runs at import is every test's that runs any of the file
+            ways = (statement, function) if statement else (map(int, lines),)
+            tests: set[str] = set()
+            for rows in ways:
                 tests = tests or {test for at in rows for test in lines.get(str(at), ())}
-            found.append(sorted(tests))
+            found.append(sorted(tests, key=lambda test: seconds.get(test, 0.0)))
         return found
 
     def run(self, files: dict[str, str], tests: list[list[str]], *options: str) -> list[str]:
@@ -323,7 +331,7 @@ def judge(suite: Suite, mutants: dict[str, tuple[str, str]], told) -> None:
                 for row, line in changed(suite.source(path), code).items():
                     files[path][row - 1] = line
             covering = {mutant: suite.covering(*of) for mutant, of in group.items()}
-            every = [sorted(set(chain(*of))) for of in zip(*covering.values(), strict=True)]
+            every = [list(dict.fromkeys(chain(*of))) for of in zip(*covering.values(), strict=True)]
             whole = {path: "\n".join(lines) for path, lines in files.items()}
             failed = suite.run(whole, every, "-n", "2", "--dist", "loadfile")
 
@@ -334,10 +342,9 @@ def judge(suite: Suite, mutants: dict[str, tuple[str, str]], told) -> None:
                     for of in covering[mutant]
                 ]
                 path, code = left[mutant]
-                return next(iter(suite.run({path: code}, tests, "-x")), None)
+                told(mutant, next(iter(suite.run({path: code}, tests, "-x")), None))
 
-            for mutant, killer in zip(group, pool.map(again, group), strict=True):
-                told(mutant, killer)
+            list(pool.map(again, group))
 
 
 def main():
