@@ -104,6 +104,16 @@ def test_thresholds_follow_contrast_unless_fixed(sketch):
     assert 0 < (strict > 0).sum() < (fixed[0] > 0).sum()
 
 
+@pytest.mark.parametrize("degrees", [0, 30, 45, 90, 135])
+def test_an_edge_of_any_direction_has_its_gradient(degrees):
+    y, x = np.mgrid[:64, :64] - 31.5
+    across = x * np.cos(np.radians(degrees)) + y * np.sin(np.radians(degrees))
+    grey = 128 + 60 * np.tanh(across / 6)  # 10 grey levels a pixel where it is steepest
+    image = np.rint(grey).astype(np.uint8)[None, :, :, None].repeat(3, axis=3)
+    assert Sketch(low=8.8, high=8.8).extract(image).any()
+    assert not Sketch(low=11.0, high=11.0).extract(image).any()
+
+
 @pytest.mark.parametrize(("low", "high"), [(1.0, None), (None, 1.0), (3.0, 2.0), (-1.0, 2.0)])
 def test_thresholds_that_make_no_sense_are_refused(low, high):
     with pytest.raises(ValueError, match=r"sketch: .*low"):

@@ -208,6 +208,7 @@ def test_regions_share_a_picture(pipe):
         ({}, {"start": 0.5}, "image"),
         ({}, {"start": 0.0}, "above 0"),
         ({}, {"noise": np.zeros((1, 2, 2, 4))}, "noise has shape"),
+        ({}, {"noise": np.zeros((1, 64, 64, 4))}, "noise has shape"),
         ({}, {"batch": 0}, "batch"),
     ],
 )
