@@ -316,7 +316,7 @@ def judge(suite: Suite, mutants: dict[str, tuple[str, str]], told) -> None:
     def first(mutant: str) -> str | None:
         path, code = mutants[mutant]
         mirrored = path.replace("composer_jax", "tests").replace(".py", "_test.py")
-        tests = [[mirrored] if mirrored in of else [] for of in suite.covering(path, code)]
+        tests = [[mirrored] if (suite.root / mirrored).exists() else []] * len(suite.parts)
         killer = next(iter(suite.run({path: code}, tests, "-x")), None)
         if killer:
             told(mutant, killer)
