@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -91,6 +93,56 @@ def test_every_kind_of_hole_is_in_proportion_to_the_image(kind):
     assert (small == large[:, 1::3, 1::3]).all()
     shares = small.mean(axis=(1, 2))
     assert shares.min() > 0 and shares.max() < 0.95 and len(np.unique(shares)) > 9
+
+
+def boxes(u):
+    for i in range(1 + int(4 * u[0])):
+        (y, x), (tall, wide) = u[1 + 2 * i : 3 + 2 * i], 0.06 + 0.24 * u[9 + 2 * i : 11 + 2 * i]
+        yield lambda at_y, at_x, y=y, x=x, tall=tall, wide=wide: np.maximum(
+            abs(at_y - y) / tall, abs(at_x - x) / wide
+        )
+
+
+def strokes(u):
+    for i in range(1 + int(3 * u[0])):
+        steps = 0.7 * u[7 + 8 * i : 15 + 8 * i].reshape(4, 2) - 0.35
+        points = [u[1 + 2 * i : 3 + 2 * i]]
+        for turn in np.cumsum(steps, axis=0):
+            points.append(np.clip(points[0] + turn, 0, 1))
+        line = np.concatenate([np.linspace(a, b, 400) for a, b in itertools.pairwise(points)])
+        yield (
+            lambda at_y, at_x, line=line, width=0.03 + 0.07 * u[31 + i]: (
+                np.hypot(at_y - line[:, 0, None, None], at_x - line[:, 1, None, None]).min(axis=0)
+                / width
+            )
+        )
+
+
+def blobs(u):
+    def radius(at_y, at_x):
+        away_y, away_x = (at_y - 0.15 - 0.7 * u[0]), (at_x - 0.15 - 0.7 * u[1])
+        away_y, away_x = away_y / (0.15 + 0.25 * u[2]), away_x / (0.15 + 0.25 * u[3])
+        angle, outline = np.arctan2(away_y, away_x), 1.0
+        for order in range(1, 6):
+            wave = (u[3 + order] - 0.5) / order
+            outline = outline + wave * np.cos(order * angle + 2 * np.pi * u[8 + order])
+        return np.hypot(away_y, away_x) / np.maximum(outline, 0.3)
+
+    yield radius
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [(module._boxes, boxes), (module._strokes, strokes), (module._blob, blobs)],
+)
+def test_a_hole_is_what_lies_within_its_shapes(kind, shapes):
+    """`shapes`: functions of places, below 1 inside one; its very border is left out."""
+    at = (np.arange(40, dtype=np.float32) + 0.5) / 40
+    drawn = jax.jit(lambda u: kind(u, at[:, None], at[None, :]))
+    for u in np.random.default_rng(11).random((20, module.NUMBERS), np.float32):
+        away = np.min([shape(at[:, None], at[None, :]) for shape in shapes(u)], axis=0)
+        clear = abs(away - 1) > 0.02
+        np.testing.assert_array_equal(np.asarray(drawn(u))[clear], (away < 1)[clear])
 
 
 def test_holes_have_the_shapes_of_instances(mask):
