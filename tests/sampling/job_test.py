@@ -58,6 +58,16 @@ def test_each_image_has_its_place_in_padded_microbatches(vectors, batch, first):
     np.testing.assert_array_equal(own["palette"][:, 0], vectors[first:])
 
 
+@pytest.mark.mesh
+def test_devices_share_a_microbatch():
+    made = job(Options(steps=2, batch=3), noise=NOISE)
+    ((inputs, wanted),) = made.inputs()
+    assert inputs["noise"].shape[0] == 8 == jax.local_device_count() and wanted == slice(0, COUNT)
+    assert [shard.data.shape[0] for shard in inputs["noise"].addressable_shards] == [1] * 8
+    assert inputs["times"].sharding.is_fully_replicated
+    assert len(inputs["times"].sharding.device_set) == 8
+
+
 def test_a_microbatch_is_larger_where_latents_are_small():
     assert [default_batch(side) for side in (8, 16, 22, 23, 32, 64)] == [4, 4, 2, 1, 1, 1]
     assert job().batch == 4 and job(Options(batch=3)).batch == 3
