@@ -262,7 +262,7 @@ class Suite:
                 seconds = LIMIT + 3 * sum(covered["seconds"].get(test, 0.0) for test in some)
                 env = environment(copy, self.folder, devices)
                 command = [self.python, *PYTEST, *options, *some]
-                failed += run_tests(command, copy, env, seconds) or []
+                failed += run_tests(command, copy, env, seconds)
         for path in files:
             (copy / path).write_text(self.source(path))
         self.copies.put(copy)
@@ -351,8 +351,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--other", type=Path, required=True, help="a checkout with its .venv")
     parser.add_argument("--out", type=Path, required=True, help="folder of maps and results")
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=30)
+    parser.add_argument("--count", type=int, default=64, help="how many mutants")
+    parser.add_argument("--seed", type=int, default=30, help="of the draw")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     args = parser.parse_args()
     roots, out = {"here": HERE, "other": args.other.resolve()}, args.out.resolve()
