@@ -5,9 +5,9 @@
 PATH has an environment of its own (`make .venv/installed` there). Both checkouts take turns, each
 in a process of its own. "quick": `composer train --config scenes64:quick`, its images prepared
 before, from the command to the end of the first step; at first with empty caches, then once more.
-"sd15": a UNet of Stable Diffusion 1.5's size on the same images, from the command to its state in
-memory, before the step is compiled; and the most memory that the process had by then, over the
-state's own.
+"sd15": a UNet of Stable Diffusion 1.5's size on the same images, from the command until its state
+is in memory, which has not grown for a second; and the most memory that the process had by then,
+over the state's own.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Start:
         shutil.rmtree(self.folder / "cache", ignore_errors=True)
 
     def run(self, config: str, until, *overrides: str) -> tuple[float, int]:
-        """Seconds from the command until `until(workdir, log)` holds, when it is killed, and the
+        """Seconds from the command until `until(workdir, pid)` holds, when it is killed, and the
         most memory that it had, in bytes."""
         self.count += 1
         workdir, told = self.folder / f"run{self.count}", self.folder / f"told{self.count}"
@@ -67,28 +67,41 @@ class Start:
                 env=self.environment,
                 cwd=self.folder,
             )
-            while not until(workdir, told):
+            while not until(workdir, child.pid):
                 if child.poll() is not None:
                     sys.exit(f"{self.name} ended:\n{told.read_text()}")
                 time.sleep(0.02)
         seconds = time.perf_counter() - start
-        status = Path(f"/proc/{child.pid}/status").read_text()
-        peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        peak = memory(child.pid, "VmHWM")
         child.send_signal(signal.SIGKILL)
         child.wait()
         shutil.rmtree(workdir)
-        return seconds, int(peak.split()[1]) * 1024
+        return seconds, peak
 
 
-def stepped(workdir: Path, told: Path) -> bool:
+def memory(pid: int, what: str) -> int:
+    """Bytes that /proc says a process has: VmRSS, now, or VmHWM, at most; 0 while it starts."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def stepped(workdir: Path, pid: int) -> bool:
     """The first step is logged."""
     log = workdir / "metrics.jsonl"
     return log.is_file() and log.stat().st_size > 0
 
 
-def laid_out(workdir: Path, told: Path) -> bool:
-    """The progress bar is there: the state is in memory, and nothing of the step is compiled."""
-    return b"step/s" in told.read_bytes()
+def laid_out(size: int):
+    """A condition: a state of `size` bytes is in memory, which has not grown for a second."""
+    seen: list[tuple[float, int]] = []
+
+    def holds(workdir: Path, pid: int) -> bool:
+        now = time.perf_counter()
+        seen.append((now, memory(pid, "VmRSS")))
+        before = [held for at, held in seen if at < now - 1.0]
+        return bool(before) and size <= seen[-1][1] <= 1.001 * before[-1]
+
+    return holds
 
 
 def row(what: str, found: dict[str, list[float]], unit: str) -> None:
@@ -139,12 +152,13 @@ def main() -> None:
             row("scenes64:quick, first step, the second time", again, "s")
         if args.size != "quick":
             seconds, peaks = ({name: [] for name in starts} for _ in (0, 1))
+            size = state_bytes()
             for _ in range(args.runs):
                 for name, start in starts.items():
                     start.forget()
-                    took, peak = start.run(str(start.folder / "sd15.py"), laid_out)
+                    took, peak = start.run(str(start.folder / "sd15.py"), laid_out(size))
                     seconds[name].append(took)
-                    peaks[name].append(peak / state_bytes())
+                    peaks[name].append(peak / size)
             row("Stable Diffusion 1.5's size, state", seconds, "s")
             row("    peak memory / state", peaks, "")
 
