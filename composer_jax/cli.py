@@ -104,8 +104,9 @@ def _take_huge_pages() -> None:
 
 def _fuse_outputs() -> None:
     """Lets XLA compute several results in one kernel on CPU: an array's parameters, moments and
-    averages. A train step of `scenes64:quick` has 4,072 kernels where it had 5,474, compiles in
-    0.84 of the time and takes 0.85 of it. XLA reads this once; what the user has set stays.
+    averages. A train step of `scenes64:quick` has 4,072 kernels where it had 5,474 and compiles in
+    0.84 of the time; one of `scenes64:cpu` takes 0.91 of it (benchmarks/cpu_settings.py). XLA reads
+    this once; what the user has set stays.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if XLA_OPTIONS.split("=")[0] not in flags:
