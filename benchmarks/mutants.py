@@ -205,7 +205,11 @@ def draw(seed: int, other: Path):
         name, occurrence = rng.choice(places[file.parent.name][file, start])
         source, path = file.read_text(), str(file.relative_to(HERE))
         mutated = mutating.mutate_code(source, plugins.get_operator(name)(), occurrence)
-        if bare(mutated) == bare(source) or not (other / path).exists():
+        try:
+            without_effect = bare(mutated) == bare(source)
+        except SyntaxError:  # no mutant of a program
+            continue
+        if without_effect or not (other / path).exists():
             continue
         there = in_other(source, mutated, (other / path).read_text(), start[0])
         if there is not None:
@@ -355,6 +359,8 @@ def main():
     parser.add_argument("--seed", type=int, default=30, help="of the draw")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     args = parser.parse_args()
+    if not (args.other / ".venv" / "bin" / "python").is_file():
+        parser.error(f"{args.other} has no .venv; run `make .venv/installed` there")
     roots, out = {"here": HERE, "other": args.other.resolve()}, args.out.resolve()
     results = out / "mutants.jsonl"
     lines = map(json.loads, results.read_text().splitlines() if results.exists() else ())

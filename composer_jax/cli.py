@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         argv = sys.argv[1:]
         if any(word in COMMANDS for word in argv):
             _take_huge_pages()
+        if next((word for word in argv if word in COMMANDS), None) == "train":
             _fuse_outputs()
         # tracing makes many objects and little garbage; looking for it takes a sixth of a start
         gc.set_threshold(100_000)
@@ -105,8 +106,8 @@ def _take_huge_pages() -> None:
 def _fuse_outputs() -> None:
     """Lets XLA compute several results in one kernel on CPU: an array's parameters, moments and
     averages. A train step of `scenes64:quick` has 4,072 kernels where it had 5,474 and compiles in
-    0.84 of the time; one of `scenes64:cpu` takes 0.91 of it (benchmarks/cpu_settings.py). XLA reads
-    this once; what the user has set stays.
+    0.84 of the time; one of `scenes64:cpu` takes 0.91 of it (benchmarks/cpu_settings.py). Sampling
+    would take 1.15 of it. XLA reads this once; what the user has set stays.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if XLA_OPTIONS.split("=")[0] not in flags:

@@ -14,12 +14,9 @@ import sys
 import tempfile
 from dataclasses import replace
 
-from composer_jax.cli import XLA_OPTIONS
-
 os.environ.setdefault(
     "XLA_FLAGS",
-    f"--xla_force_host_platform_device_count={os.environ.get('COMPOSER_TEST_DEVICES', '1')} "
-    + XLA_OPTIONS,
+    f"--xla_force_host_platform_device_count={os.environ.get('COMPOSER_TEST_DEVICES', '1')}",
 )
 if "COMPOSER_TEST_DEVICES" not in os.environ:  # processes that tests start inherit it
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

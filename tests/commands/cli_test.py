@@ -152,18 +152,24 @@ def test_mistakes_end_in_one_line_and_write_nothing(words, message, run, photo, 
 
 
 @pytest.mark.parametrize(
-    "own", ["--xla_cpu_enable_fast_math=false", f"{XLA_OPTIONS.split('=')[0]}=a"]
+    ("command", "own", "fused"),
+    [
+        ("train", "--xla_cpu_enable_fast_math=false", True),
+        ("train", f"{XLA_OPTIONS.split('=')[0]}=a", False),
+        ("sample", "--xla_cpu_enable_fast_math=false", False),
+    ],
 )
-def test_a_command_fuses_outputs_unless_the_user_chose_options_of_the_kind(own, tmp_path):
+def test_training_fuses_outputs_unless_the_user_chose_options_of_the_kind(command, own, fused):
     code = (
         "import os, sys; from composer_jax.cli import main\n"
-        "sys.argv = ['composer', 'sample', '--model', 'nowhere', '--out', 'out']; main()\n"
+        f"sys.argv = ['composer', '{command}', '--nothing']; main()\n"
         "print(os.environ['XLA_FLAGS'])"
     )
     environment = {**os.environ, "GLIBC_TUNABLES": "", "XLA_FLAGS": own}
-    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", code], **options)
-    assert done.stdout.split() == ([own] if "options" in own else [own, XLA_OPTIONS])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [own, *([XLA_OPTIONS] if fused else [])]
 
 
 NINTH = """
