@@ -1,16 +1,14 @@
 """Do the tests notice code that is wrong? The same mutants, for this checkout's tests and others'.
 
-    .venv/bin/python -m pip install cosmic-ray coverage   # coverage in the other checkout, too
+    .venv/bin/python -m pip install cosmic-ray
     .venv/bin/python benchmarks/mutants.py --other PATH --out FOLDER [--count 64] [--seed 30]
 
 Draws places of this project's mathematics at random and one mutation of cosmic-ray's at each, of
 those that can be made in both checkouts; what changes annotations only, or compares by `==` where
 `is` stood, is none. Each is made in copies of the two checkouts: it meets the mirrored file of
-tests alone, and then, together with others that lived, all tests that run the mutated lines, which
-is told by coverage (each suite is run once for that). Results are lines of FOLDER/mutants.jsonl,
-and a next call goes on from them. Both numbers, and every survivor, are printed at the end.
-
-It is also the plugin of pytest that tells coverage which file is running.
+tests alone; those that live meet the whole suite together, and one by one again the files in which
+a test then fails. Results are lines of FOLDER/mutants.jsonl, and a next call goes on from them.
+Both numbers, and every survivor, are printed at the end.
 """
 
 import argparse
@@ -23,7 +21,7 @@ import signal
 import subprocess
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice, repeat, zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -41,50 +39,9 @@ ROOMS = (
 )
 WITHOUT_EFFECT = ("Is_Eq", "IsNot_NotEq")  # on None, which is all that is compared so
 NOT_ASKED = ("RemoveDecorator", "VariableReplacer", "VariableInserter")  # speed, or need arguments
-RC = """[run]
-data_file = {folder}/.coverage
-parallel = true
-context = ${{COVERED_BY-}}
-include =
-    {files}
-"""
-START = "import coverage; coverage.process_startup()\n"  # in processes that tests start
 PYTEST = ("-m", "pytest", "-rfE", "-p", "no:cacheprovider")
 NO_TESTS = 5  # pytest's code where all tests are of the other part
-LIMIT = 60.0  # seconds; and three times what the tests took unmutated
-
-
-class Covered:
-    """Tells coverage, also that of processes that tests start, which file of tests is running."""
-
-    def __init__(self):
-        import coverage
-
-        self.coverage = coverage.Coverage(config_file=os.environ["COVERED_RC"], data_suffix=True)
-        self.coverage.start()
-        self.file, self.seconds = None, defaultdict(float)
-
-    def pytest_runtest_protocol(self, item):
-        file = item.nodeid.split("::")[0]
-        if file != self.file:
-            self.file = os.environ["COVERED_BY"] = file
-            os.environ["COVERAGE_PROCESS_START"] = os.environ["COVERED_RC"]
-            self.coverage.switch_context(file)
-
-    def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid.split("::")[0]] += report.duration
-
-    def pytest_sessionfinish(self):
-        self.coverage.stop()
-        self.coverage.save()
-        seconds = Path(os.environ["COVERED_RC"]).parent / f"seconds-{os.getpid()}.json"
-        seconds.write_text(json.dumps(self.seconds))
-
-
-def pytest_configure(config):
-    """As a plugin; xdist's controller runs no test."""
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        config.pluginmanager.register(Covered())
+LIMIT, WHOLE = 1800.0, 7200.0  # seconds for a file of tests, and for all
 
 
 def environment(root: Path, folder: Path, devices: str | None) -> dict[str, str]:
@@ -100,48 +57,6 @@ def parts(root: Path) -> list[str | None]:
     return [None, "8"] if split else [None]
 
 
-def read_map(root: Path, run: Path) -> dict:
-    """{"lines": {file: {line: [tests' files]}}, "seconds": {test's file: s}} of a covered run."""
-    from coverage import CoverageData
-    from coverage.exceptions import DataError
-
-    seconds, lines = {}, defaultdict(lambda: defaultdict(set))
-    for file in run.glob("seconds-*.json"):
-        seconds |= json.loads(file.read_text())
-    for file in run.glob(".coverage.*"):
-        data = CoverageData(basename=str(file))
-        try:
-            data.read()
-        except DataError:  # of a process that a test killed while it wrote
-            continue
-        for path in data.measured_files():
-            for line, tests in data.contexts_by_lineno(path).items():
-                lines[str(Path(path).relative_to(root))][line] |= set(tests) - {""}
-    sets = {path: {at: sorted(of) for at, of in rows.items()} for path, rows in lines.items()}
-    return {"lines": sets, "seconds": seconds}
-
-
-def map_tests(root: Path, folder: Path) -> list[dict]:
-    """For each part of a suite what `read_map` returns; a suite is run where no map is there."""
-    maps = []
-    for devices in parts(root):
-        run = folder / f"covered-{devices or 1}"
-        if not (run / "map.json").exists():
-            shutil.rmtree(run, ignore_errors=True)
-            run.mkdir(parents=True)
-            files = "\n    ".join(str(root / "composer_jax" / room) for room in ROOMS)
-            (run / "rc").write_text(RC.format(folder=run, files=files))
-            (run / "sitecustomize.py").write_text(START)
-            (run / "mutants.py").write_text(Path(__file__).read_text())
-            env = environment(root, folder, devices) | {"COVERED_RC": str(run / "rc")}
-            env["PYTHONPATH"] = f"{run}:{root}"
-            command = [root / ".venv/bin/python", "-m", "pytest", "-p", "mutants", "-n", "2"]
-            subprocess.run([*command, "--dist", "loadfile"], cwd=root, env=env, check=True)
-            (run / "map.json").write_text(json.dumps(read_map(root, run)))
-        maps.append(json.loads((run / "map.json").read_text()))
-    return maps
-
-
 def bare(source: str) -> str:
     """The syntax of a source, without annotations and docstrings."""
     tree = ast.parse(source)
@@ -153,9 +68,8 @@ def bare(source: str) -> str:
     return ast.dump(tree)
 
 
-def around(source: str, row: int) -> tuple[range, range | None]:
-    """Lines of the innermost function at a line, or else of the outermost statement; and, in the
-    body of a function, lines of the innermost statement, of compound ones the head."""
+def function_at(source: str, row: int) -> range:
+    """Lines of the innermost function at a line, or else of the outermost statement."""
 
     def first(node):
         return min([node, *getattr(node, "decorator_list", ())], key=lambda n: n.lineno).lineno
@@ -163,19 +77,13 @@ def around(source: str, row: int) -> tuple[range, range | None]:
     statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
     within = [node for node in statements if first(node) <= row <= node.end_lineno]
     functions = [node for node in within if isinstance(node, ast.FunctionDef)]
-    if not functions:
-        return range(first(within[0]), within[0].end_lineno + 1), None
-    outer, inner = max(functions, key=first), max(within, key=first)
-    rows = range(first(outer), outer.end_lineno + 1)
-    if row < outer.body[0].lineno:
-        return rows, None
-    end = inner.body[0].lineno if hasattr(inner, "body") else inner.end_lineno + 1
-    return rows, range(first(inner), end)
+    outer = max(functions, key=first) if functions else within[0]
+    return range(first(outer), outer.end_lineno + 1)
 
 
 def in_other(source: str, mutated: str, other: str, row: int) -> str | None:
     """The other checkout's source with the same mutation; None where its function differs."""
-    rows, _ = around(source, row)
+    rows = function_at(source, row)
     cut = slice(rows.start - 1, rows.stop - 1)
     old = "\n".join(source.split("\n")[cut])
     new = "\n".join(mutated.split("\n")[cut])
@@ -225,15 +133,14 @@ def changed(was: str, code: str) -> dict[int, str]:
 
 
 class Suite:
-    """The tests of a checkout, what they cover, and copies of it to change."""
+    """The tests of a checkout, and copies of it to change."""
 
-    def __init__(self, name: str, root: Path, out: Path, jobs: int):
-        self.name, self.root, self.folder = name, root, out / name
+    def __init__(self, root: Path, folder: Path, jobs: int):
+        self.root, self.folder = root, folder
         self.python = root / ".venv" / "bin" / "python"
-        self.parts, self.maps = parts(root), map_tests(root, self.folder)
-        self.copies = SimpleQueue()
+        self.parts, self.copies = parts(root), SimpleQueue()
         for job in range(jobs):
-            copy = self.folder / f"copy-{job}"
+            copy = folder / f"copy-{job}"
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
             self.copies.put(copy)
@@ -241,32 +148,16 @@ class Suite:
     def source(self, path: str) -> str:
         return (self.root / path).read_text()
 
-    def covering(self, path: str, code: str) -> list[list[str]]:
-        """For each part of the suite the files of tests that run what a mutant changes."""
-        source = self.source(path)
-        function, statement = around(source, min(changed(source, code)))
-        found = []
-        for covered in self.maps:
-            lines, seconds = covered["lines"].get(path, {}), covered["seconds"]
-            # what runs at import is every test's that runs any of the file
-            ways = (statement, function) if statement else (map(int, lines),)
-            tests: set[str] = set()
-            for rows in ways:
-                tests = tests or {test for at in rows for test in lines.get(str(at), ())}
-            found.append(sorted(tests, key=lambda test: seconds.get(test, 0.0)))
-        return found
-
-    def run(self, files: dict[str, str], tests: list[list[str]], *options: str) -> list[str]:
-        """The tests that fail where files are other ones; `tests`: files, for each part."""
+    def run(self, files: dict[str, str], tests: list[list[str]], seconds: float, *options: str):
+        """For each part of the suite the tests that fail where files are other ones."""
         copy, failed = self.copies.get(), []
         for path, code in files.items():
             (copy / path).write_text(code)
-        for devices, covered, some in zip(self.parts, self.maps, tests, strict=True):
-            if some and not (failed and "-x" in options):
-                seconds = LIMIT + 3 * sum(covered["seconds"].get(test, 0.0) for test in some)
-                env = environment(copy, self.folder, devices)
-                command = [self.python, *PYTEST, *options, *some]
-                failed += run_tests(command, copy, env, seconds)
+        for devices, some in zip(self.parts, tests, strict=True):
+            env = environment(copy, self.folder, devices)
+            command = [self.python, *PYTEST, *options, *some]
+            wanted = some and not ("-x" in options and any(failed))
+            failed.append(run_tests(command, copy, env, seconds) if wanted else [])
         for path in files:
             (copy / path).write_text(self.source(path))
         self.copies.put(copy)
@@ -311,17 +202,16 @@ def together(suite: Suite, mutants: dict[str, tuple[str, str]]) -> list[dict[str
 
 
 def judge(suite: Suite, mutants: dict[str, tuple[str, str]], told) -> None:
-    """Calls `told(mutant, killer)` for each, the killer None where it lives.
+    """Calls `told(mutant, killer)` for each, the killer None where it lives."""
 
-    Each alone meets the file of tests that mirrors its own; what lives meets all other tests that
-    cover it together with the rest, and, where one fails, that one's file alone again.
-    """
+    def alone(mutant: str, tests: list[list[str]]) -> str | None:
+        path, code = mutants[mutant]
+        return next(chain(*suite.run({path: code}, tests, LIMIT, "-x")), None)
 
     def first(mutant: str) -> str | None:
-        path, code = mutants[mutant]
-        mirrored = path.replace("composer_jax", "tests").replace(".py", "_test.py")
-        tests = [[mirrored] if (suite.root / mirrored).exists() else []] * len(suite.parts)
-        killer = next(iter(suite.run({path: code}, tests, "-x")), None)
+        mirrored = mutants[mutant][0].replace("composer_jax", "tests").replace(".py", "_test.py")
+        tests = [mirrored] if (suite.root / mirrored).exists() else []
+        killer = alone(mutant, [tests] * len(suite.parts))
         if killer:
             told(mutant, killer)
         return killer
@@ -334,27 +224,23 @@ def judge(suite: Suite, mutants: dict[str, tuple[str, str]], told) -> None:
             for path, code in group.values():
                 for row, line in changed(suite.source(path), code).items():
                     files[path][row - 1] = line
-            covering = {mutant: suite.covering(*of) for mutant, of in group.items()}
-            every = [list(dict.fromkeys(chain(*of))) for of in zip(*covering.values(), strict=True)]
             whole = {path: "\n".join(lines) for path, lines in files.items()}
-            failed = suite.run(whole, every, "-n", "2", "--dist", "loadfile")
-
-            def again(mutant, failed=failed, covering=covering):
-                names = {line.split()[1].split("::")[0] for line in failed if "::" in line}
-                tests = [
-                    [test for test in of if not names or test in names] if failed else []
-                    for of in covering[mutant]
-                ]
-                path, code = left[mutant]
-                told(mutant, next(iter(suite.run({path: code}, tests, "-x")), None))
-
-            list(pool.map(again, group))
+            every = [["tests"]] * len(suite.parts)
+            failed = suite.run(whole, every, WHOLE, "-n", "2", "--dist", "loadfile")
+            again = [
+                list(dict.fromkeys(line.split()[1].split("::")[0] for line in lines))
+                for lines in failed
+            ]
+            if any(chain(*again)) and any(wrong := suite.run({}, again, WHOLE)):
+                raise SystemExit(f"without a mutant, too, there fail in {suite.root}: {wrong}")
+            for mutant, killer in zip(group, pool.map(alone, group, repeat(again)), strict=True):
+                told(mutant, killer)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--other", type=Path, required=True, help="a checkout with its .venv")
-    parser.add_argument("--out", type=Path, required=True, help="folder of maps and results")
+    parser.add_argument("--out", type=Path, required=True, help="folder of copies and results")
     parser.add_argument("--count", type=int, default=64, help="how many mutants")
     parser.add_argument("--seed", type=int, default=30, help="of the draw")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
@@ -378,7 +264,7 @@ def main():
             bar.update()
 
         if todo:
-            judge(Suite(name, root, out, args.jobs), todo, told)
+            judge(Suite(root, out / name, args.jobs), todo, told)
     for name, root in roots.items():
         killed = sum(known[mutant, name] is not None for _, mutant, _ in drawn)
         print(f"{root}: {killed} of {len(drawn)} killed")

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault(
     "XLA_FLAGS",
@@ -54,12 +55,39 @@ if ALONE:  # tests start
     os.environ["XLA_FLAGS"] += f" --{NO_EMITTERS}=false"
 
 
+# files that take half a minute and more: they come before the others, so that both workers end
+# together
+LONG = ("training/composer_test", "training/kill_test", "evaluation/bundled_test")
+LONG += ("sampling/pipeline_test", "commands/sweep_test", "commands/cli_test")
+LONG += ("evaluation/control_test", "commands/prepare_test", "commands/evaluate_test")
+LONG += ("models/clip_test", "training/warm_start_test", "training/ema_test")
+
+
+def pytest_ignore_collect(collection_path):
+    """Files without a test of meshes are not imported for the run that is of these alone."""
+    if not ALONE and collection_path.name.endswith("_test.py"):
+        return "pytest.mark.mesh" not in collection_path.read_text() or None
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is for the other run; the rest begins with what is quickest."""
     wanted = {item: (item.get_closest_marker("mesh") is None) == ALONE for item in items}
     config.hook.pytest_deselected(items=[item for item in items if not wanted[item]])
     items[:] = [item for item in items if wanted[item]]
-    items.sort(key=lambda item: item.get_closest_marker("fast") is None)
+
+    def turn(item):
+        if item.get_closest_marker("fast"):
+            return -1
+        file = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+        return LONG.index(file) if file in LONG else len(LONG)
+
+    items.sort(key=turn)
+
+
+def pytest_collection_finish():
+    """Tracing makes many objects and little garbage: what was imported is not looked through."""
+    gc.set_threshold(100_000)
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

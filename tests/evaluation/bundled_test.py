@@ -27,7 +27,7 @@ def measured():
 
     @cache
     def sampled(kind):
-        return sample_each(pipe, stored, {name: Use(None) for name in kind}, steps=10)
+        return sample_each(pipe, stored, {name: Use(None) for name in kind}, steps=6)
 
     def measure(name, kind=None):
         images = sampled(pipe.names if kind is None else kind)
