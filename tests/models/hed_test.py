@@ -255,7 +255,7 @@ def test_bytes_overwritten_anywhere_load_or_are_refused_in_one_line(blank, tmp_p
         except ValueError as error:
             refused += 1
             assert "flipped.h5" in str(error) and "\n" not in str(error)
-        gc.collect()  # a network is a cycle, this one of 59 MB
+        gc.collect(0)  # a network is a cycle, this one of 59 MB
     assert refused > 0
 
 
