@@ -40,6 +40,8 @@ ROOMS = (
 WITHOUT_EFFECT = ("Is_Eq", "IsNot_NotEq")  # on None, which is all that is compared so
 NOT_ASKED = ("RemoveDecorator", "VariableReplacer", "VariableInserter")  # speed, or need arguments
 PYTEST = ("-m", "pytest", "-rfE", "-p", "no:cacheprovider")
+WORKERS = ("-n", "2", "--dist", "loadfile")
+TOLD = ("FAILED", "ERROR")  # how pytest's line of a test that failed begins
 NO_TESTS = 5  # pytest's code where all tests are of the other part
 LIMIT, WHOLE = 1800.0, 7200.0  # seconds for a file of tests, and for all
 
@@ -182,7 +184,7 @@ def run_tests(command: list, folder: Path, env: dict, seconds: float) -> list[st
             return [f"no end after {seconds:.0f} s"]
     if child.returncode in (0, NO_TESTS):
         return []
-    told = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    told = [line for line in output.splitlines() if line.startswith(TOLD)]
     return told or [f"exit code {child.returncode}"]
 
 
@@ -204,14 +206,14 @@ def together(suite: Suite, mutants: dict[str, tuple[str, str]]) -> list[dict[str
 def judge(suite: Suite, mutants: dict[str, tuple[str, str]], told) -> None:
     """Calls `told(mutant, killer)` for each, the killer None where it lives."""
 
-    def alone(mutant: str, tests: list[list[str]]) -> str | None:
+    def alone(mutant: str, tests: list[list[str]], seconds: float) -> str | None:
         path, code = mutants[mutant]
-        return next(chain(*suite.run({path: code}, tests, LIMIT, "-x")), None)
+        return next(chain(*suite.run({path: code}, tests, seconds, "-x")), None)
 
     def first(mutant: str) -> str | None:
         mirrored = mutants[mutant][0].replace("composer_jax", "tests").replace(".py", "_test.py")
         tests = [mirrored] if (suite.root / mirrored).exists() else []
-        killer = alone(mutant, [tests] * len(suite.parts))
+        killer = alone(mutant, [tests] * len(suite.parts), LIMIT)
         if killer:
             told(mutant, killer)
         return killer
@@ -226,14 +228,17 @@ def judge(suite: Suite, mutants: dict[str, tuple[str, str]], told) -> None:
                     files[path][row - 1] = line
             whole = {path: "\n".join(lines) for path, lines in files.items()}
             every = [["tests"]] * len(suite.parts)
-            failed = suite.run(whole, every, WHOLE, "-n", "2", "--dist", "loadfile")
+            failed = suite.run(whole, every, WHOLE, *WORKERS)
+            if without_end := [line for line in chain(*failed) if not line.startswith(TOLD)]:
+                raise SystemExit(f"{suite.root}, {len(group)} mutants together: {without_end[0]}")
             again = [
                 list(dict.fromkeys(line.split()[1].split("::")[0] for line in lines))
                 for lines in failed
             ]
-            if any(chain(*again)) and any(wrong := suite.run({}, again, WHOLE)):
+            if any(chain(*again)) and any(wrong := suite.run({}, again, WHOLE, *WORKERS)):
                 raise SystemExit(f"without a mutant, too, there fail in {suite.root}: {wrong}")
-            for mutant, killer in zip(group, pool.map(alone, group, repeat(again)), strict=True):
+            killers = pool.map(alone, group, repeat(again), repeat(WHOLE))
+            for mutant, killer in zip(group, killers, strict=True):
                 told(mutant, killer)
 
 
