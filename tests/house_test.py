@@ -22,6 +22,7 @@ ROOMS = {
     "sampling": {"conditions", "models", "storage", "data", "diffusion"},
 }
 ROOMS["evaluation"] = ROOMS["sampling"] | {"sampling"}
+ROOMS = {room: others | {"utils"} for room, others in ROOMS.items()} | {"utils": set()}
 LAZY = {
     "transformers": {"models/clip.py"},
     "cv2": {"conditions", "data"},
