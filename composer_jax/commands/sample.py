@@ -31,7 +31,9 @@ SHOWN = 64  # images in grid.png and in the report
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; those of conditions are generated from the registry."""
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--from", dest="image", help="an image to take conditions from")
+    parser.add_argument(
+        "--from", dest="image", help="an image, of whose middle conditions are taken"
+    )
     parser.add_argument("--use", help="which conditions to take from it, separated by commas")
     parser.add_argument("--count", type=int, default=4, help="how many images (default 4)")
     parser.add_argument(
@@ -129,7 +131,8 @@ def _given(args: argparse.Namespace, pipe: Pipeline, wanted: list[str]) -> dict[
     given: dict[str, Any] = {}
     if args.image:
         tools = pipe.tools(wanted) | load_tools(**named_tools(args))
-        given |= decompose(conditions.load_image(args.image), only=wanted, tools=tools)
+        image = pipe.fit_image(conditions.load_image(args.image))
+        given |= decompose(image, only=wanted, tools=tools)
     options = vars(args)
     uses: dict[str, list[Use]] = {}
     for name in conditions.names():

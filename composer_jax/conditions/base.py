@@ -49,7 +49,7 @@ class Feature:
 
     `shape`: "h" and "w" are the image's height and width, other strings as in `Part`. `dtype`:
     numpy's name, or "str". `codec`: "png", "raw" or "text". `resize`: how `fit` changes an [h, w]
-    feature's size, "nearest", "area" or "lines".
+    feature's size, a way of `fit_map`: "photo", "nearest", "area" or "lines".
     """
 
     shape: tuple[int | str, ...]

@@ -1,8 +1,9 @@
-"""Image files and arrays in, uint8 RGB out; and the three ways to bring a map to a size."""
+"""Image files and arrays in, uint8 RGB out; and the ways to bring photos and maps to a size."""
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from pathlib import Path
@@ -132,16 +133,16 @@ def _from_array(array: np.ndarray, what: str) -> np.ndarray:
 def fit_map(array: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
     """Crops the middle of [H, W] or [H, W, C] to the shape of `size` (h, w) and brings it there.
 
-    `how`: "nearest" keeps values as they are (ids); "area" averages going down and interpolates
-    going up; "lines" keeps every thin line (0 is the ground), one pixel wide. dtype is kept.
+    `how`: "photo" as `fit_photo` does; "nearest" keeps values as they are (ids); "area" averages
+    going down and interpolates going up; "lines" keeps every thin line (0 is the ground), one pixel
+    wide. dtype is kept.
     """
+    if how == "photo":
+        return fit_photo(array, size)
     height, width = size
     if array.shape[:2] == (height, width):
         return array
-    scale = min(array.shape[0] / height, array.shape[1] / width)
-    # rounding takes 21 / 19 * 19 beyond 21
-    tall, wide = min(height * scale, array.shape[0]), min(width * scale, array.shape[1])
-    top, left = (array.shape[0] - tall) / 2, (array.shape[1] - wide) / 2
+    (top, left), (tall, wide), scale = _crop(array.shape[:2], size)
     if how == "area":
         return _area(array, size, (left, top, left + wide, top + tall))
     if how == "nearest":
@@ -150,7 +151,55 @@ def fit_map(array: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
         return array[rows[:, None], columns[None, :]]
     if how == "lines":
         return _lines(array, size, (top, left), scale)
-    raise ValueError(f"no way {how!r} to change a size; allowed: nearest, area, lines")
+    raise ValueError(f"no way {how!r} to change a size; allowed: photo, nearest, area, lines")
+
+
+def fit_photo(image: np.ndarray, size: tuple[int, int], where: float = 0.5) -> np.ndarray:
+    """Crops a photo, uint8 [H, W] or [H, W, 3], to the shape of `size` (h, w) and resizes the crop
+    with Lanczos's filter. Training and sampling both see photos through this function.
+
+    `where` the crop lies along the longer side, 0 to 1; 0.5 is the middle.
+    """
+    from PIL import Image
+
+    (top, left), (tall, wide), _ = _crop(image.shape[:2], size, where)
+    first_row, first_column = int(top), int(left)
+    rows = slice(first_row, math.ceil(top + tall))
+    columns = slice(first_column, math.ceil(left + wide))
+    crop = Image.fromarray(np.ascontiguousarray(image[rows, columns]))
+    left, top = left - first_column, top - first_row
+    box = (left, top, min(left + wide, crop.width), min(top + tall, crop.height))
+    way = Image.Resampling.LANCZOS
+    return np.array(crop.resize(size[::-1], way, box=box, reducing_gap=3.0))
+
+
+def fit_region(region: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Crops a region, float [H, W], drawn on a photo as `fit_photo` crops that photo for `size`.
+
+    One of the shape of `size` is returned as it is, at any resolution.
+    """
+    height, width = region.shape
+    if height * size[1] == width * size[0]:
+        return region
+    coarse = height < size[0] or width < size[1]  # its pixels keep their edges
+    return fit_map(region, size, "nearest" if coarse else "area")
+
+
+def _crop(
+    shape: tuple[int, ...], size: tuple[int, int], where: float = 0.5
+) -> tuple[tuple[float, float], tuple[float, float], float]:
+    """The largest part of [H, W] that has the shape of `size`: (top, left), (height, width), and
+    how many of its pixels become one.
+
+    Going down it starts at a whole pixel, so that a photo and its maps are cut alike; going up it
+    need not, because a pixel of a coarse map may be a large part of the picture.
+    """
+    scale = min(shape[0] / size[0], shape[1] / size[1])
+    tall, wide = (round(side * scale, 6) for side in size)  # 21 / 19 * 19 is beyond 21
+    top, left = (shape[0] - tall) * where, (shape[1] - wide) * where
+    if scale >= 1.0:
+        top, left = float(int(top)), float(int(left))
+    return (top, left), (tall, wide), scale
 
 
 def _cells(start: float, scale: float, count: int, limit: int, at: float) -> np.ndarray:

@@ -38,7 +38,7 @@ class Intensity(Condition):
     keep_probability = 0.3
     parts: Mapping[str, Part] = {"map": Part("spatial", (1,))}
     feature: Mapping[str, Feature] = {
-        "map": Feature(("h", "w"), "uint8", "png", "area"),
+        "map": Feature(("h", "w"), "uint8", "png", "photo"),
         "weights": Feature((3,), "float32", "raw"),
     }
     cached = False

@@ -26,7 +26,7 @@ class Mask(Condition):
     keep_probability = 0.5
     parts: Mapping[str, Part] = {"map": Part("spatial", (4,))}
     feature: Mapping[str, Feature] = {
-        "image": Feature(("h", "w", 3), "uint8", "png", "area"),
+        "image": Feature(("h", "w", 3), "uint8", "png", "photo"),
         "keep": Feature(("h", "w"), "uint8", "png", "nearest"),
     }
     cached = False

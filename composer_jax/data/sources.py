@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from composer_jax.conditions.base import meant
-from composer_jax.conditions.image import load_image
+from composer_jax.conditions.image import fit_photo, load_image
 
 log = logging.getLogger("composer_jax")
 TOLD = 20  # skipped images that the log names
@@ -66,7 +66,7 @@ class Crop:
         """uint8 [H, W, 3] to [size, size, 3]."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         where, mirrored = rng.random(), rng.random() < 0.5
-        image = square(image, size, where if self.random else 0.5)
+        image = fit_photo(image, (size, size), where if self.random else 0.5)
         return np.ascontiguousarray(image[:, ::-1]) if self.flip and mirrored else image
 
 
@@ -190,20 +190,6 @@ class Folder(Images):
         if name in self._captions:
             return image, self._captions[name]
         return image, beside.read_text(errors="replace").strip() if beside.is_file() else ""
-
-
-def square(image: np.ndarray, size: int, where: float = 0.5) -> np.ndarray:
-    """A square of uint8 [H, W, 3], resized to [size, size, 3] with antialiasing.
-
-    `where` it lies along the longer side, 0 to 1; 0.5 is the centre.
-    """
-    from PIL import Image
-
-    height, width, _ = image.shape
-    side = min(height, width)
-    top, left = int((height - side) * where), int((width - side) * where)
-    crop = Image.fromarray(image[top : top + side, left : left + side])
-    return np.asarray(crop.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0))
 
 
 def _metadata(folder: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from composer_jax import conditions
 from composer_jax.conditions.decompose import decompose
 from composer_jax.conditions.image import fit_map
 from composer_jax.diffusion import use
-from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.sampling.pipeline import OUTSIDE, Pipeline
 
 log = logging.getLogger("composer_jax")
 
@@ -20,7 +20,8 @@ GROUND = 128  # grey level around what stands alone
 
 
 class Picture:
-    """An image at the model's size, and its factors, each taken when first asked for.
+    """The middle of an image at the model's size, and its factors, taken from that middle as
+    training takes them, each when first asked for.
 
     `known`: condition -> value that is known of the image, in place of what would be taken from it.
     `tools`: as `decompose` takes them, beside those of the model.
@@ -44,7 +45,7 @@ class Picture:
             self._pipe.uses({name: None})  # says so
         if name not in self._factors:
             tools = self._pipe.tools([name]) | self._tools
-            stored = decompose(self._image, only=(name,), tools=tools)[name]
+            stored = decompose(self.pixels, only=(name,), tools=tools)[name]
             self._factors[name] = self._pipe.stored(name, stored)
         return self._factors[name]
 
@@ -75,7 +76,10 @@ class Picture:
 
     def region(self, region: Any) -> np.ndarray:
         """A region float [H, W] of the image as float32 [size, size] in [0, 1]."""
-        return fit_map(self._region(region), self.pixels.shape[:2], "area")
+        region = fit_map(self._region(region), self.pixels.shape[:2], "area")
+        if not region.any():
+            raise ValueError(f"the region {OUTSIDE}")
+        return region
 
     def alone(self, region: Any) -> Picture:
         """What is in a region float [H, W] of the image, on a grey ground."""

@@ -15,7 +15,7 @@ from flax import nnx
 
 from composer_jax import conditions
 from composer_jax.conditions import Value
-from composer_jax.conditions.image import fit_map
+from composer_jax.conditions.image import fit_photo, fit_region
 from composer_jax.diffusion import Use, as_uses, inversion
 from composer_jax.diffusion.process import Process, one_of
 from composer_jax.models.clip import Clip
@@ -25,6 +25,7 @@ from composer_jax.sampling.options import Options
 from composer_jax.sampling.program import Networks, program
 from composer_jax.storage.models import Model, load_model
 
+OUTSIDE = "lies outside the middle of the picture, which is all that the model sees of it"
 OUTPUTS = ("images", "latents")
 EXTRAS = ("image", "noise", "keep", "preview", "every", "output")
 
@@ -239,8 +240,8 @@ class Pipeline:
         return np.concatenate([self._encode(self._weights, one[None]) for one in images])
 
     def fit_image(self, image: np.ndarray) -> np.ndarray:
-        """The middle of an image uint8 [H, W, 3], at the model's size."""
-        return fit_map(image, (self.size, self.size), "area")
+        """The middle of an image uint8 [H, W, 3], at the model's size, as training sees it."""
+        return fit_photo(image, (self.size, self.size))
 
     def uses(self, given: Mapping[str, Any]) -> dict[str, list[Use]]:
         """What a call is given, as uses of values at this model's size."""
@@ -251,11 +252,17 @@ class Pipeline:
             conditions.get(name)  # a name that nobody knows gets the better message
             raise ValueError(f"this model has no {name}; it has {', '.join(self.names)}")
         return [
-            one
-            if isinstance(one, _Ready)
-            else _Ready(**{**vars(one), "value": self.stored(name, one.value)})
-            for one in as_uses(value)
+            one if isinstance(one, _Ready) else self._ready(name, one) for one in as_uses(value)
         ]
+
+    def _ready(self, name: str, one: Use) -> _Ready:
+        region = one.region
+        if region is not None:
+            region = fit_region(region, (self.size, self.size))
+            if not region.any():
+                raise ValueError(f"{name}: the region {OUTSIDE}")
+        changes = {"value": self.stored(name, one.value), "region": region}
+        return _Ready(**{**vars(one), **changes})
 
     def stored(self, name: str, value: Any) -> Any:
         """What a person hands in, or stored already, as stored at this model's size."""

@@ -87,7 +87,7 @@ def test_own_conditions_are_found_and_keep_their_contract():
         for feature in features.values() if isinstance(features, dict) else [features]:
             assert feature.codec in ("png", "raw", "text")
             is_map = feature.shape[:2] == ("h", "w")
-            assert (feature.resize in ("nearest", "area", "lines")) == is_map
+            assert (feature.resize in ("photo", "nearest", "area", "lines")) == is_map
 
 
 def test_a_ninth_condition_in_a_folder_on_the_path_is_found_and_goes_with_it(tmp_path, monkeypatch):

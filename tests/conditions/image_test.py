@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from composer_jax.conditions.image import fit_map, load_array, load_image, load_rgba
+from composer_jax.conditions.image import (
+    fit_map,
+    fit_photo,
+    fit_region,
+    load_array,
+    load_image,
+    load_rgba,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -184,3 +191,39 @@ def test_lines_stay_one_pixel_wide_when_enlarged():
     array[8] = 255
     fitted = fit_map(array, (64, 64), "lines")
     assert fitted.max() == 255 and (fitted > 0).sum(axis=0).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(120, 181), (181, 120), (97, 97), (60, 91)])
+@pytest.mark.parametrize("size", [(32, 32), (24, 36), (96, 96)])
+def test_a_photo_and_what_is_drawn_on_it_are_cropped_alike(shape, size):
+    """A mark on a photo, in a region and in an id map of the photo's size stays in one place."""
+    mark = np.zeros(shape, np.float32)
+    top, left = (int(0.45 * side) for side in shape)
+    mark[top : top + shape[0] // 4, left : left + shape[1] // 5] = 1.0
+    photo = fit_photo(np.uint8(255 * mark)[..., None].repeat(3, axis=2), size)[..., 0] / 255.0
+
+    def middle(weights):
+        return np.array([np.average(index, weights=weights) for index in np.indices(size)])
+
+    found = {how: fit_map(mark, size, how) for how in ("area", "nearest")}
+    found["region"] = fit_map(fit_region(mark, size), size, "area")
+    for how, map in found.items():
+        np.testing.assert_allclose(middle(map), middle(photo), atol=0.5, err_msg=how)
+
+
+@pytest.mark.parametrize("shape", [(400, 600), (301, 200), (64, 65)])
+def test_a_photo_is_cut_to_its_middle_and_resized_with_lanczos(shape):
+    from PIL import Image
+
+    photo = picture(*shape)
+    side, (top, left) = min(shape), ((n - min(shape)) // 2 for n in shape)
+    crop = Image.fromarray(photo[top : top + side, left : left + side])
+    wanted = crop.resize((48, 48), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    np.testing.assert_array_equal(fit_photo(photo, (48, 48)), wanted)
+    np.testing.assert_array_equal(fit_map(photo, (48, 48), "photo"), wanted)
+
+
+def test_a_coarse_region_keeps_its_edges():
+    np.testing.assert_array_equal(fit_region(np.array([[1.0, 0.0]]), (4, 4)), [[1, 1, 0, 0]] * 4)
+    square = np.eye(3)
+    assert fit_region(square, (64, 64)) is square

@@ -1,11 +1,16 @@
 """Composer's tasks: what each is defined to keep, keeps; where nothing changes, nothing does."""
 
 import inspect
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
+import skimage.data
+from PIL import Image
 
 import composer_jax as cj
+from composer_jax.evaluation.control import extract_all
 from composer_jax.sampling import edits
 from composer_jax.sampling.edits import TASKS
 from composer_jax.sampling.picture import Picture
@@ -143,6 +148,37 @@ def test_what_cannot_be_taken_is_left_out_and_named(pipe, scenes, caplog):
     np.testing.assert_array_equal(
         made, edits.variation(pipe, bare, hold=("palette", "semantics"), **QUICK)
     )
+
+
+def test_a_photo_is_seen_as_training_sees_it(pipe, tmp_path):
+    """Pixels and factors of a photo that is no square: what a source of images gives."""
+    Image.fromarray(skimage.data.coffee()[:, :553]).save(tmp_path / "coffee.png")
+    batch = cj.open_source(f"folder:{tmp_path}", size=pipe.size).batch([0])
+    names, tools = ("intensity", "palette", "semantics", "sketch"), {"clip": pipe.clip}
+    trained = extract_all(batch["image"], batch["given"], names, tools)[0]
+    picture = Picture(pipe, tmp_path / "coffee.png")
+    np.testing.assert_array_equal(picture.pixels, batch["image"][0])
+    near = partial(np.testing.assert_allclose, atol=1e-6)
+    jax.tree.map(near, picture.factors(names), trained)
+    everything = np.full(skimage.data.coffee().shape[:2], 255, np.uint8)[:, :553]
+    masked = pipe.stored("mask", (tmp_path / "coffee.png", everything))
+    np.testing.assert_array_equal(masked["image"], batch["image"][0])
+
+
+def test_a_region_drawn_on_a_photo_is_cropped_as_the_photo_is(pipe):
+    photo, region = skimage.data.coffee(), np.zeros((400, 600), np.float32)
+    region[100:300, 100:300] = 1.0  # the left half of the middle, between a quarter and three
+    ((one,),) = pipe.uses({"palette": cj.use(RED, region=region)}).values()
+    wanted = np.zeros((64, 64), np.float32)
+    wanted[16:48, :32] = 1.0
+    np.testing.assert_array_equal(one.region, wanted)
+    np.testing.assert_array_equal(Picture(pipe, photo).region(region), wanted)
+    ((again,),) = pipe.uses({"palette": [one]}).values()
+    assert again is one
+    with pytest.raises(ValueError, match="outside the middle"):
+        pipe.uses({"palette": cj.use(RED, region=np.eye(1, 4, 0))})
+    with pytest.raises(ValueError, match="outside the middle"):
+        Picture(pipe, photo).region(region * 0.0 + (np.arange(600) < 100))
 
 
 @pytest.mark.parametrize(
