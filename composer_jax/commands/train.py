@@ -100,9 +100,16 @@ def train(config: ConfigDict, workdir: Path) -> Task:
 
     hooks, data = [], task.data
     if data.held_out:
-        batches, count = data.held_out, data.held_out_count
-        options = {"dtype": config.dtype, "accumulate": config.accumulate}
-        hook = held_out_loss(task.loss, batches, count, config.seed, **options)
+        hook = held_out_loss(
+            task.loss,
+            data.held_out,
+            data.held_out_count,
+            config.batch,
+            share(make_mesh(**config.mesh), config.batch),
+            config.seed,
+            config.dtype,
+            config.accumulate,
+        )
         hooks.append((config.held_out_every, hook))
     if config.ema_lengths:
         hooks.append((config.snapshot_every, _snapshots(task, workdir)))

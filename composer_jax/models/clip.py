@@ -211,8 +211,8 @@ def contrastive_loss(image, text, logit_scale, ids) -> tuple[jax.Array, dict[str
 
     `image` [B, E], `text` [B + N, E]: float32, unit length; the last N texts belong to no image
     (arXiv 2210.01936); `logit_scale`: log of the inverse temperature; `ids`: int32 [B + N, L]:
-    pairs that share a text are not each other's negatives. Returns the mean loss and {"accuracy":
-    top-1, mean of both directions, "temperature"}.
+    pairs that share a text are not each other's negatives. Returns the loss of each pair [B] and,
+    of each, {"accuracy": top-1, mean of both directions, "temperature"}.
     """
     scale, count = jnp.minimum(jnp.exp(logit_scale), MAX_SCALE), len(image)
     logits_BxT = scale * (image @ text.T)
@@ -221,12 +221,14 @@ def contrastive_loss(image, text, logit_scale, ids) -> tuple[jax.Array, dict[str
     logits_BxT = jnp.where(same_BxT & ~itself_BxT, -jnp.inf, logits_BxT)
 
     def one_way(logits):
-        loss = -jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits, axis=-1)))
-        return loss, jnp.mean(jnp.argmax(logits, axis=-1) == jnp.arange(count))
+        loss = -jnp.diagonal(jax.nn.log_softmax(logits, axis=-1))
+        return loss, jnp.argmax(logits, axis=-1) == jnp.arange(count)
 
     (to_text, hits_text) = one_way(logits_BxT)
     (to_image, hits_image) = one_way(logits_BxT[:, :count].T)
-    metrics = {"accuracy": (hits_text + hits_image) / 2, "temperature": 1.0 / scale}
+    temperature = jnp.broadcast_to(1.0 / scale, count)
+    accuracy = jnp.mean(jnp.stack([hits_text, hits_image]), axis=0, dtype=jnp.float32)
+    metrics = {"accuracy": accuracy, "temperature": temperature}
     return (to_text + to_image) / 2, metrics
 
 

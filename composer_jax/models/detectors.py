@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +96,12 @@ class DepthRegressor(Dense):
 def depth_loss(
     regressor: DepthRegressor, images: Float[Array, "b H W 3"], depth: Float[Array, "b H W"]
 ) -> tuple[jax.Array, dict]:
-    """L1 of relative inverse depth in [0, 1], and of its differences. Returns loss and metrics."""
+    """L1 of relative inverse depth in [0, 1], and of its differences.
+
+    Returns the loss and metrics of each image, [B].
+    """
     error = regressor(images) - depth
-    edges = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2))
-    l1 = jnp.mean(jnp.abs(error))
+    each = partial(jnp.mean, axis=(1, 2))
+    edges = sum(each(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2))
+    l1 = each(jnp.abs(error))
     return l1 + edges, {"l1": l1}

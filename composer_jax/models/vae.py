@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -363,8 +364,8 @@ def codec_loss(
 
     Mean error + `edge_weight` x that of horizontal and vertical differences + `kl_weight` x KL per
     latent number. `norm` of an error: "l2" (its square) or "l1" (Charbonnier's, sqrt(e^2 + s^2)),
-    which cares as much for faint edges as for strong ones. Returns the loss and metrics (psnr in dB
-    over [-1, 1], kl).
+    which cares as much for faint edges as for strong ones. Returns the loss and metrics of each
+    image, [B] (psnr in dB over [-1, 1], kl).
     """
     if norm not in NORMS:
         raise ValueError(f"codec norm {norm!r}; allowed: {', '.join(NORMS)}")
@@ -373,8 +374,8 @@ def codec_loss(
     noise = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:]))(keys)
     decoded = vae._decode(mean + jnp.exp(0.5 * logvar) * noise)
     error = decoded - images
-    edges = sum(jnp.mean(of(jnp.diff(error, axis=axis))) for axis in (1, 2))
-    kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
-    mse = jnp.mean(error**2)
-    loss = jnp.mean(of(error)) + edge_weight * edges + kl_weight * kl
-    return loss, {"psnr": -10.0 * jnp.log10(mse / 4.0), "kl": kl}
+    each = partial(jnp.mean, axis=(1, 2, 3))
+    edges = sum(each(of(jnp.diff(error, axis=axis))) for axis in (1, 2))
+    kl = 0.5 * each(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
+    loss = each(of(error)) + edge_weight * edges + kl_weight * kl
+    return loss, {"psnr": -10.0 * jnp.log10(each(error**2) / 4.0), "kl": kl}

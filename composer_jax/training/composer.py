@@ -139,7 +139,7 @@ def composer_loss(
     """Weighted squared error of the network's output; each example draws everything for itself.
 
     `batch`: image uint8 [B, H, W, 3], moments [B, h, w, 2 c] and the cached conditions' `stored`.
-    `draw_presence(key)` gives one example's presence [n]. Returns the loss and metrics.
+    `draw_presence(key)` gives one example's presence [n]. Returns losses and metrics [B].
     """
     names = composer.config.conditions
     known = {name: conditions.get(name) for name in names}
@@ -164,7 +164,7 @@ def composer_loss(
     encoded, absent = composer.encode(values), composer.encode_absent()
     output = composer(x_t, process.timestep(t), encoded, absent, presence)
     error = jnp.mean((output - process.target(x0, eps, t_Bx1x1x1)) ** 2, axis=(1, 2, 3))
-    return jnp.mean(process.loss_weight(t) * error), {"mse": jnp.mean(error)}
+    return process.loss_weight(t) * error, {"mse": error}
 
 
 def draw_presence(key: jax.Array, keep: jax.Array, drop_all: float, keep_all: float) -> jax.Array:

@@ -20,18 +20,27 @@ def held_out_loss(
     loss: Loss,
     batch: Callable[[int], Any],
     count: int,
+    size: int,
+    part: tuple[int, int],
     seed: int,
     dtype: str,
     accumulate: int = 1,
 ) -> Hook:
-    """A hook that gives the exponential average's mean loss, `held_out_loss`, over `count` batches.
+    """A hook that gives the average's mean loss over `count` examples, as `held_out_loss`.
 
-    `batch(i)`: this process's part of batch i, numpy arrays. Noise, times and dropped conditions
-    are drawn anew for each example, but the same at every call: numbers of different steps compare.
-    What else the loss tells is named alike. `accumulate`: parts that a batch is taken in, as in
-    training.
+    `batch(i)`: this process's part, `part` (index, how many), of batch i of `size` examples, numpy
+    arrays. Each example counts once: what fills the last batch up does not count. Noise, times and
+    dropped conditions are drawn anew for each example, but the same at every call: numbers of
+    different steps compare. What else the loss tells is named alike. `accumulate`: parts that a
+    batch is taken in, as in training.
     """
     evaluate: Callable | None = None
+    local = size // part[1]
+
+    def counted(i: int, mesh):
+        """Batch i and which of its examples count, on the mesh's devices."""
+        rows = i * size + part[0] * local + np.arange(local)
+        return to_devices((batch(i), (rows < count).astype(np.float32)), mesh)
 
     def hook(step: int, state: TrainState) -> dict[str, float]:
         nonlocal evaluate
@@ -41,27 +50,31 @@ def held_out_loss(
         if evaluate is None:
             options = {"loss": loss, "shardings": shardings, "dtype": dtype, "parts": accumulate}
             evaluate = jax.jit(partial(_evaluate, **options))
-        rows, upcoming = [], to_devices(batch(0), mesh)
+        rows, upcoming, batches = [], counted(0, mesh), -(-count // size)
         with jax.set_mesh(mesh):
-            for i in range(count):
-                row = evaluate(state.ema, upcoming, np.uint32(seed), np.uint32(i))
-                if i + 1 < count:  # the host makes the next batch while the device works
-                    upcoming = to_devices(batch(i + 1), mesh)
+            for i in range(batches):
+                row = evaluate(state.ema, *upcoming, np.uint32(seed), np.uint32(i))
+                if i + 1 < batches:  # the host makes the next batch while the device works
+                    upcoming = counted(i + 1, mesh)
                 rows.append(jax.device_get(row))
-        return {f"held_out_{key}": float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        return {f"held_out_{key}": float(sum(row[key] for row in rows)) / count for key in rows[0]}
 
     return hook
 
 
-def _evaluate(params, batch, seed, index, *, loss: Loss, shardings, dtype, parts: int) -> dict:
+def _evaluate(
+    params, batch, counts, seed, index, *, loss: Loss, shardings, dtype, parts: int
+) -> dict:
+    """Sums over the examples that count."""
     key = jax.random.fold_in(jax.random.key(seed), index)
     keys = example_keys(key, len(jax.tree.leaves(batch)[0]))
     params = gathered(params, shardings, dtype)
 
     def of(part):
-        examples, bits = part
-        value, metrics = loss(params, examples, jax.random.wrap_key_data(bits))
-        return {"loss": value, **metrics}
+        examples, counts_B, bits = part
+        values, metrics = loss(params, examples, jax.random.wrap_key_data(bits))
+        rows = {"loss": values, **metrics}
+        return jax.tree.map(lambda row_B: jnp.sum(jnp.where(counts_B > 0, row_B, 0.0)), rows)
 
-    rows = jax.lax.map(of, in_parts((batch, jax.random.key_data(keys)), parts))
-    return jax.tree.map(jnp.mean, rows)
+    rows = jax.lax.map(of, in_parts((batch, counts, jax.random.key_data(keys)), parts))
+    return jax.tree.map(jnp.sum, rows)

@@ -16,7 +16,8 @@ from composer_jax.training.ema import average
 from composer_jax.training.sharding import gathered
 from composer_jax.training.state import TrainState
 
-# of parameters, a batch and a key for each of its examples: the mean loss, and scalars for the log
+# of parameters, a batch and a key for each of its examples: the loss of each example [B], and
+# numbers of each for the log. The loss of a batch is their mean, however the batch is cut.
 Loss = Callable[[dict, dict, jax.Array], tuple[jax.Array, dict]]
 
 
@@ -118,10 +119,14 @@ def train_step(
 def _gradient(loss: Loss, params, batch, keys, parts: int) -> tuple[dict, Any]:
     """Metrics and gradient over a batch that is taken in `parts`."""
 
+    def mean(params, examples, keys):
+        values, metrics = loss(params, examples, keys)
+        return jnp.mean(values), jax.tree.map(jnp.mean, metrics)
+
     def of(part):
         examples, bits = part
         own = jax.random.wrap_key_data(bits)
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, examples, own)
+        (value, metrics), gradient = jax.value_and_grad(mean, has_aux=True)(params, examples, own)
         return {"loss": value, **metrics}, gradient
 
     whole = batch, jax.random.key_data(keys)

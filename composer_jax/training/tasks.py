@@ -42,7 +42,7 @@ class Data:
     """`batch(step)`: this process's part of a batch. `pool`: examples that a task looks at.
 
     `shown`: examples that a person looks at, not trained on where any are held out. `held_out(i)`:
-    its part of one of the `held_out_count` batches of these.
+    its part of batch i of these, of which there are `held_out_count`.
     """
 
     pool: Mapping[str, Any]
@@ -107,15 +107,15 @@ def _data(
     part = share(make_mesh(**config.mesh), config.batch)
 
     def opened(source: Source | Caches) -> tuple[dict, Callable[[int], Any], int]:
-        """The first examples, batches, and how many of these go over all."""
+        """The first examples, batches, and how many examples there are."""
         if isinstance(source, Caches):
             source.check(names, made_by)
             read = source.batches(config.batch, config.seed, part)
-            pool, count = source.examples(range(min(shown, len(source)))), len(source)
-            return pool, lambda step: take(read(step)), -(-count // config.batch)
+            pool = source.examples(range(min(shown, len(source))))
+            return pool, lambda step: take(read(step)), len(source)
         pool = prepare(source, names, tools, encoders, pools_folder(config, workdir), made_by)
         rows = batches(take(pool), config.batch, config.seed, part)
-        return pool, rows, -(-len(pool["image"]) // config.batch)
+        return pool, rows, len(pool["image"])
 
     held_out = open_data(config.held_out, config, split="test") if config.held_out else None
     if config.held_out == config.source and not isinstance(held_out, Scenes):

@@ -93,7 +93,8 @@ def test_training_moves_both_networks_alike(clip, folder):
 
         @jax.jit
         def step(params, state, loss=loss, nested=nested):  # on all parameters as one array
-            value, grads = jax.value_and_grad(lambda p: loss(nested(p), batch, ids)[0])(params)
+            mean = lambda p: loss(nested(p), batch, ids)[0].mean()  # noqa: E731
+            value, grads = jax.value_and_grad(mean)(params)
             updates, state = optimizer.update(grads, state)
             return optax.apply_updates(params, updates), state, value, grads
 

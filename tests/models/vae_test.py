@@ -89,7 +89,7 @@ def test_loss_is_finite_and_has_gradients_everywhere(images, perturbed, norm):
     def gradient(params, images):
         keys = jax.random.split(jax.random.key(0), 16)
         loss = lambda p: codec_loss(nnx.merge(graph, p), images, keys, 1e-4, 1.0, norm)[0]  # noqa: E731
-        return jax.grad(loss)(params)
+        return jax.grad(lambda p: loss(p).mean())(params)
 
     for path, leaf in nnx.to_flat_state(gradient(params, images)):
         assert np.all(np.isfinite(leaf[...])) and np.any(leaf[...] != 0), path

@@ -33,7 +33,7 @@ def init():
 def loss(params, batch, keys):
     noise = 0.01 * jax.vmap(lambda key: jax.random.normal(key, (8,)))(keys)
     found = batch["x"] @ params["layer"]["kernel"] + params["layer"]["bias"][None]
-    error = jnp.mean((found - batch["y"] + noise) ** 2)
+    error = jnp.mean((found - batch["y"] + noise) ** 2, axis=-1)
     return error, {"mae": jnp.sqrt(error)}
 
 
