@@ -214,8 +214,8 @@ def _report(args, pipe: Pipeline, uses, images: np.ndarray, options: dict[str, A
 
 
 def read_region(path: str) -> np.ndarray:
-    """A picture as float32 [H, W] in [0, 1]: where a use acts."""
-    return conditions.load_image(path).mean(-1, dtype=np.float32) / 255.0
+    """A picture as float32 [H, W] in [0, 1]: white where a use acts, not what is transparent."""
+    return conditions.load_region(path)
 
 
 def _span(text: str) -> tuple[float, float]:

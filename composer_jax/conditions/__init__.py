@@ -10,7 +10,7 @@ from composer_jax.conditions.base import (
     names,
     register,
 )
-from composer_jax.conditions.image import load_array, load_image
+from composer_jax.conditions.image import load_array, load_image, load_region
 
 __all__ = [
     "Condition",
@@ -21,6 +21,7 @@ __all__ = [
     "get",
     "load_array",
     "load_image",
+    "load_region",
     "names",
     "register",
 ]

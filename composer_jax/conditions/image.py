@@ -5,33 +5,36 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 
-MAX_PIXELS = 100_000_000  # read from the header, before anything is decoded
+from composer_jax.conditions.colour import to_srgb
+from composer_jax.conditions.decoding import decode, numbers
+from composer_jax.utils.painted import painted
 
 
 def load_image(source) -> np.ndarray:
     """Reads an image as uint8 RGB [H, W, 3], as a viewer would show it on white paper.
 
     `source` is a path or an array: uint8, uint16, bool or float in [0, 1]; [H, W], or [H, W, C]
-    with C = 1 (grey), 2 (grey and alpha), 3 or 4 (alpha). EXIF orientation is honoured,
-    transparency lies on white, 16-bit values are scaled to 8.
+    with C = 1 (grey), 2 (grey and alpha), 3 or 4 (alpha). EXIF orientation is honoured, embedded
+    colour profiles are brought to sRGB (`to_srgb`), transparency lies on white, and 16-bit values
+    are rounded to 8 bits. Of several frames the first is read.
 
     Raises ValueError, one line naming the file, where it is missing, no image, broken, or larger
     than 100 megapixels (refused before it is decoded).
     """
-    return _on_white(load_rgba(source))
+    return on_white(load_rgba(source))
 
 
 def decode_image(content: bytes, name: str) -> np.ndarray:
     """An image file's bytes as `load_image` gives it; `name` is for errors, which are the same."""
-    return _on_white(_decode(io.BytesIO(content), name))
+    return on_white(_managed(io.BytesIO(content), name))
 
 
-def _on_white(image_HxWxC: np.ndarray) -> np.ndarray:
+def on_white(image_HxWxC: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 4] on white paper, [H, W, 3]; [H, W, 3] as it is."""
     if image_HxWxC.shape[2] == 3:
         return image_HxWxC
     alpha_HxWx1 = image_HxWxC[..., 3:].astype(np.uint32)
@@ -45,8 +48,35 @@ def load_rgba(source) -> np.ndarray:
     Takes and raises what `load_image` does.
     """
     if isinstance(source, str | os.PathLike):
-        return _decode(_existing(Path(source)), str(source))
+        return _managed(_existing(Path(source)), str(source))
     return _from_array(np.asarray(source), "the image")
+
+
+def load_numbers(source) -> np.ndarray:
+    """Reads the numbers of an image file as they stand, without colour management: [H, W] or, in
+    colour, [H, W, 3]; [H, W, 4] with alpha. dtype: uint8, or what a deeper file holds.
+
+    `source` is a path or an array, which is returned as it is. Raises what `load_image` does.
+    """
+    if isinstance(source, str | os.PathLike):
+        return decode(_existing(Path(source)), str(source), numbers)
+    return np.asarray(source)
+
+
+def load_region(source) -> np.ndarray:
+    """How white each pixel is painted, float32 [H, W] in [0, 1], of an image file, a .npy file or
+    an array.
+
+    White is 1, black and what is transparent 0. Raises what `load_image` and `painted` do.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return painted(source, "the region")
+    if Path(source).suffix.lower() == ".npy":
+        return painted(load_array(source), str(source))
+    array = load_numbers(source)
+    if array.dtype not in (np.uint8, np.uint16):
+        array = _as_uint16(array)
+    return painted(array / np.iinfo(array.dtype).max, str(source))
 
 
 def load_array(path) -> np.ndarray:
@@ -67,36 +97,18 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _decode(file, path: str) -> np.ndarray:
-    """Decodes a path or a stream, which errors call `path`."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def _managed(file, path: str) -> np.ndarray:
+    """uint8 [H, W, 3] or, with alpha, [H, W, 4], in sRGB."""
+    from PIL import Image
 
-    try:
-        with Image.open(file) as image:
-            _check_size(path, image.width * image.height, f"{image.width} x {image.height} px")
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":
-                return _from_array(_as_uint16(np.asarray(image)), path)
-            clear = "A" in image.getbands() or "a" in image.getbands()
-            clear = clear or "transparency" in image.info
-            return np.array(image.convert("RGBA" if clear else "RGB"))
-    except Image.DecompressionBombError as error:
-        pixels = re.search(r"\d+", str(error))
-        _check_size(path, MAX_PIXELS + 1, f"{pixels[0]} px" if pixels else "huge")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image (PNG, JPEG, WebP and others are)") from error
-    except ValueError as error:
-        if path in str(error):
-            raise
-        raise ValueError(f"{path} is broken: {error}") from error
-    except Exception as error:  # decoders raise whatever they like on bad bytes
-        raise ValueError(f"{path} is broken: {str(error) or type(error).__name__}") from error
+    def finish(image, deep: np.ndarray | None) -> np.ndarray:
+        if deep is not None:
+            rounded = Image.fromarray(_to_uint8(_as_uint16(deep)))
+            rounded.info = {k: v for k, v in image.info.items() if k != "transparency"}
+            image = rounded
+        return np.array(to_srgb(image))
 
-
-def _check_size(path: str, pixels: int, size: str) -> None:
-    if pixels > MAX_PIXELS:
-        raise ValueError(f"{path} is too large ({size}); at most {MAX_PIXELS // 10**6} megapixels")
+    return decode(file, path, finish)
 
 
 def _as_uint16(values: np.ndarray) -> np.ndarray:
@@ -108,6 +120,11 @@ def _as_uint16(values: np.ndarray) -> np.ndarray:
     return values.clip(0, 65535).astype(np.uint16)
 
 
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    """16 bits to 8, rounded: v x 255 / 65535."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
 def _from_array(array: np.ndarray, what: str) -> np.ndarray:
     if array.ndim == 2:
         array = array[..., None]
@@ -116,7 +133,7 @@ def _from_array(array: np.ndarray, what: str) -> np.ndarray:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     elif array.dtype == np.uint16:
-        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        array = _to_uint8(array)
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.all(array >= 0.0) and np.all(array <= 1.0)):
             raise ValueError(f"{what} has values outside [0, 1]; float images lie in it")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from composer_jax.conditions.image import load_array, load_rgba
+from composer_jax.conditions.image import load_array, load_numbers
 
 MAX_IDS = 32  # of an image's instances, with the background, id 0
 
 
 def load_map(source) -> np.ndarray:
-    """Reads a map as it is: [H, W] of 16 bits or float, or uint8 [H, W, 3] and, with alpha,
-    [H, W, 4]; from an image file, a .npy file (any shape) or an array.
+    """Reads a map as it is: [H, W], or [H, W, 3] and, with alpha, [H, W, 4]; from an image file
+    (`load_numbers`), a .npy file (any shape) or an array.
 
     Raises ValueError, one line naming the file, as `load_image` does.
     """
@@ -22,13 +22,7 @@ def load_map(source) -> np.ndarray:
         return np.asarray(source)
     if Path(source).suffix.lower() == ".npy":
         return load_array(source)
-    image = load_rgba(source)  # refuses what is missing, broken or too large
-    from PIL import Image, ImageOps
-
-    with Image.open(source) as file:
-        if file.mode.startswith("I") or file.mode == "F":
-            return np.asarray(ImageOps.exif_transpose(file))
-    return image
+    return load_numbers(source)
 
 
 def grey(image: np.ndarray) -> np.ndarray | None:

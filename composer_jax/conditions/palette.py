@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from composer_jax.conditions.base import Condition, Feature, Part, meant, register
+from composer_jax.conditions.colour import linear_from_srgb
 from composer_jax.conditions.image import load_array, load_image
 
 BINS = 156
@@ -49,11 +50,7 @@ def codebook() -> np.ndarray:
 
 def lab_from_rgb(rgb: np.ndarray) -> np.ndarray:
     """sRGB float64 [..., 3] in [0, 1] to CIELab (CIE 1976, D65), float64 [..., 3]."""
-    return _lab_from_xyz(_linear(rgb) @ _XYZ.T)
-
-
-def _linear(srgb: np.ndarray) -> np.ndarray:
-    return np.where(srgb > 0.04045, ((srgb + 0.055) / 1.055) ** 2.4, srgb / 12.92)
+    return _lab_from_xyz(linear_from_srgb(rgb) @ _XYZ.T)
 
 
 def _lab_from_xyz(xyz: np.ndarray) -> np.ndarray:

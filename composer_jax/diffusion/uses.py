@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from composer_jax.diffusion.process import is_number
+from composer_jax.utils.painted import painted
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +49,15 @@ def use(
 
     `strength` in [0, 1]: how much of what it adds. `window`: (start, end) in [0, 1], the share of
     sampling in which it acts: (0, 0.6) is the first 60 % of process time. `scale`: guidance of this
+<<<<<<< Updated upstream
     condition alone, from 0. `region`: [h, w] in [0, 1], where it acts; of any size, and where it
     has another shape than the picture its middle counts, as of a photo. `negative`: what the
     picture is to move away from. Raises ValueError for a value out of range.
+=======
+    condition alone, from 0. `region`: [h, w] in [0, 1] (any size), or an image as `painted` reads
+    it, white where it acts. `negative`: what the picture is to move away from. Raises
+    ValueError for a value out of range.
+>>>>>>> Stashed changes
     """
     return Use(value, strength, window, scale, region, negative)
 
@@ -95,15 +102,7 @@ def span(what: str, value) -> tuple[float, float]:
 
 def _region(value) -> np.ndarray:
     """As float32 [h, w]; raises ValueError for another shape or range, or an empty region."""
-    try:
-        region = np.asarray(value, np.float32)
-    except (TypeError, ValueError):
-        raise ValueError(f"region is a {type(value).__name__}; an array is wanted") from None
-    if region.ndim != 2 or not region.size:
-        raise ValueError(f"region has shape {region.shape}; [h, w] is wanted")
-    low, high = float(region.min()), float(region.max())
-    if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(f"region has values from {low:g} to {high:g}; 0 to 1 is wanted")
-    if high == 0.0:
+    region = painted(value, "region")
+    if not region.any():
         raise ValueError("region is empty: 0 everywhere")
     return region

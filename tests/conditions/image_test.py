@@ -9,12 +9,22 @@ from PIL import Image
 
 from composer_jax.conditions.image import (
     fit_map,
+<<<<<<< Updated upstream
     fit_photo,
     fit_region,
     load_array,
     load_image,
     load_rgba,
 )
+=======
+    load_array,
+    load_image,
+    load_numbers,
+    load_region,
+    load_rgba,
+)
+from tests.png import png
+>>>>>>> Stashed changes
 
 pytestmark = pytest.mark.fast
 
@@ -48,6 +58,72 @@ def test_grey_of_8_16_and_1_bit(tmp_path):
         )
     Image.fromarray(grey > 99).save(tmp_path / "1.png")
     np.testing.assert_array_equal(load_image(tmp_path / "1.png"), load_image(grey > 99))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bits_are_rounded_not_cut(tmp_path, channels):
+    """Every upper byte with a lower byte that rounds up, down, and to itself."""
+    levels = np.arange(0, 65536, 101, dtype=np.uint16)[: 24 * 27]
+    deep = np.stack([np.roll(levels, i) for i in range(channels)], -1).reshape(24, 27, channels)
+    (tmp_path / "deep.png").write_bytes(png(deep, 16))
+    wanted = np.rint(deep.astype(np.float64) * 255 / 65535).astype(np.uint8)
+    grey = wanted[..., :1].repeat(3, axis=2) if channels < 3 else wanted[..., :3]
+    found = load_rgba(tmp_path / "deep.png")
+    np.testing.assert_array_equal(found[..., :3], grey)
+    if channels in (2, 4):
+        np.testing.assert_array_equal(found[..., 3], wanted[..., -1])
+    numbers = np.atleast_3d(load_numbers(tmp_path / "deep.png"))
+    np.testing.assert_array_equal(numbers[..., -1], deep[..., -1])
+    np.testing.assert_array_equal(load_rgba(deep), found)
+    tags = {"compression": "tiff_lzw"} if channels == 3 else {}
+    if channels in (1, 3):
+        save_tiff(tmp_path / "deep.tif", deep, **tags)
+        np.testing.assert_array_equal(load_image(tmp_path / "deep.tif"), grey)
+
+
+def save_tiff(path, deep, compression=None):
+    """A TIFF of 16 bits a channel; Pillow itself writes grey ones alone."""
+    import cv2
+
+    if deep.shape[2] == 1:
+        Image.fromarray(deep[..., 0]).save(path)
+    else:
+        cv2.imwrite(str(path), deep[..., ::-1])
+    assert compression is None or Image.open(path).info["compression"] == compression
+
+
+@pytest.mark.parametrize(("channels", "clear"), [(1, ">H"), (3, ">3H")])
+def test_a_transparent_colour_of_16_bits_is_transparent(tmp_path, channels, clear):
+    deep = np.arange(12 * channels, dtype=np.uint16).reshape(3, 4, channels) * 999
+    chunk = struct.pack(clear, *deep[1, 2].tolist())
+    (tmp_path / "deep.png").write_bytes(png(deep, 16, tRNS=chunk))
+    alpha = load_rgba(tmp_path / "deep.png")[..., 3]
+    assert alpha[1, 2] == 0 and (alpha == 255).sum() == 11
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_undone_at_any_depth(tmp_path, orientation):
+    image, exif = picture(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(image).save(tmp_path / "8.png", exif=exif)
+    wanted = load_image(tmp_path / "8.png")
+    assert wanted.shape == (image.shape if orientation < 5 else image.swapaxes(0, 1).shape)
+    (tmp_path / "16.png").write_bytes(
+        png(image.astype(np.uint16) * 257, 16, eXIf=exif.tobytes().removeprefix(b"Exif\0\0"))
+    )
+    np.testing.assert_array_equal(load_image(tmp_path / "16.png"), wanted)
+
+
+def test_of_several_frames_the_first_is_read(tmp_path):
+    frames = [Image.fromarray(np.full((4, 5, 3), level, np.uint8)) for level in (200, 10)]
+    for name, options in {
+        "a.gif": {},
+        "a.png": {},
+        "a.webp": {"lossless": True},
+        "a.tif": {},
+    }.items():
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert (load_image(tmp_path / name) == 200).all()
 
 
 def test_a_dark_16_bit_image_stays_dark(tmp_path):
@@ -119,6 +195,60 @@ def test_broken_files_are_named_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load_image(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def painting(dtype, white, channels):
+    """A square, painted white; around it black, or, where there is alpha, transparent."""
+    array = np.zeros((64, 64, channels), dtype)
+    array[16:48, 16:48] = white
+    if channels in (2, 4):
+        array[:16, :, :-1] = white  # what is under the transparent is not painted
+    return array
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("dtype", "white"),
+    [("?", True), ("u1", 255), ("u1", 1), ("u2", 65535), ("i8", 255), ("f4", 1.0), ("f8", 255.0)],
+)
+def test_where_white_is_painted_is_a_region_of_any_kind(tmp_path, dtype, white, channels):
+    array = painting(dtype, white, channels)
+    array = array[..., 0] if channels == 1 and dtype not in ("i8", "f8") else array
+    region = load_region(array)
+    assert region.shape == (64, 64) and region.dtype == np.float32
+    assert region.mean() == 0.25 and (region[16:48, 16:48] == 1).all()
+    np.save(tmp_path / "a.npy", array)
+    np.testing.assert_array_equal(load_region(tmp_path / "a.npy"), region)
+    if white in (255, 65535) and array.dtype.kind == "u":
+        depth = 8 * array.dtype.itemsize
+        (tmp_path / "a.png").write_bytes(png(np.atleast_3d(array), depth))
+        np.testing.assert_array_equal(load_region(tmp_path / "a.png"), region)
+
+
+def test_half_painted_is_half_a_region():
+    array = np.full((2, 2, 4), 255, np.uint8)
+    array[0, 0, 3], array[0, 1, :3] = 51, 102
+    np.testing.assert_allclose(load_region(array), [[0.2, 0.4], [1, 1]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((2, 2), 2.0), "values from 2 to 2; 0 to 1 is wanted"),
+        (np.full((2, 2), 256), "values from 256 to 256"),
+        (np.full((2, 2), -1), "values from -1"),
+        (np.full((2, 2), np.nan), "values from nan"),
+        (np.zeros((2, 2, 5)), r"shape \(2, 2, 5\)"),
+        (np.zeros((0, 2)), "shape"),
+        (np.zeros(3), "shape"),
+        (np.array([["a"]]), "is a ndarray; an array is wanted"),
+        (None, "is a NoneType"),
+        ([[1], [1, 2]], "is a list"),
+    ],
+)
+def test_what_is_no_region_is_refused(array, message):
+    with pytest.raises(ValueError, match=message):
+        load_region(array)
 
 
 @pytest.mark.parametrize(
