@@ -49,15 +49,10 @@ def use(
 
     `strength` in [0, 1]: how much of what it adds. `window`: (start, end) in [0, 1], the share of
     sampling in which it acts: (0, 0.6) is the first 60 % of process time. `scale`: guidance of this
-<<<<<<< Updated upstream
-    condition alone, from 0. `region`: [h, w] in [0, 1], where it acts; of any size, and where it
-    has another shape than the picture its middle counts, as of a photo. `negative`: what the
-    picture is to move away from. Raises ValueError for a value out of range.
-=======
-    condition alone, from 0. `region`: [h, w] in [0, 1] (any size), or an image as `painted` reads
-    it, white where it acts. `negative`: what the picture is to move away from. Raises
-    ValueError for a value out of range.
->>>>>>> Stashed changes
+    condition alone, from 0. `region`: [h, w] in [0, 1], or an image as `painted` reads it, white
+    where it acts; of any size, and where it has another shape than the picture its middle counts,
+    as of a photo. `negative`: what the picture is to move away from. Raises ValueError for a value
+    out of range.
     """
     return Use(value, strength, window, scale, region, negative)
 

@@ -9,14 +9,8 @@ from PIL import Image
 
 from composer_jax.conditions.image import (
     fit_map,
-<<<<<<< Updated upstream
     fit_photo,
     fit_region,
-    load_array,
-    load_image,
-    load_rgba,
-)
-=======
     load_array,
     load_image,
     load_numbers,
@@ -24,7 +18,6 @@ from composer_jax.conditions.image import (
     load_rgba,
 )
 from tests.png import png
->>>>>>> Stashed changes
 
 pytestmark = pytest.mark.fast
 
