@@ -148,8 +148,9 @@ def save_sd():
 
     def save(folder, unet, vae=None):
         from composer_jax.models import layouts
-        from composer_jax.models.files import module_tensors, write_json, write_tensors
+        from composer_jax.models.files import module_tensors, write_tensors
         from composer_jax.models.peers import to_peer
+        from composer_jax.utils.atomic import write_json
 
         eps = {"prediction": "eps", "schedule": "sd", "zero_terminal_snr": False}
         configs = {"unet": layouts.unet_to_diffusers(unet.config)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from composer_jax.models import layouts
 from composer_jax.models.clip import open_clip
 from composer_jax.models.dpt_files import is_dpt, open_dpt
-from composer_jax.models.files import FORMAT, Tensor, member, read_json, write_json, write_tensors
+from composer_jax.models.files import FORMAT, Tensor, member, read_json, write_tensors
 from composer_jax.models.peers import to_peer
 from composer_jax.models.pretrained import (
     DIFFUSERS,
@@ -28,7 +29,8 @@ from composer_jax.models.pretrained import (
     kinds_in,
     open_network,
 )
-from composer_jax.storage.models import replacing
+from composer_jax.utils.atomic import check_writable, write_json
+from composer_jax.utils.owned import check_apart, check_replaceable, record, replaced_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -59,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes a folder for each network in SOURCE; nothing of OUT changes before all are written."""
+    """Writes a folder for each network in SOURCE; nothing of OUT changes before all are written.
+
+    A folder is replaced if an earlier call wrote all that is in it.
+    """
     source = find_source(args.source)
     kinds = [kind for kind in kinds_in(source) if args.only in (None, kind)]
     if args.to == "diffusers":
@@ -72,15 +77,16 @@ def run(args: argparse.Namespace) -> None:
             f"{args.source} holds no network that can be converted to {args.to!r}: no unet or vae "
             "of Stable Diffusion, no CLIP, no Depth Anything or DPT"
         )
-    stage = args.out.resolve().parent / f"{args.out.resolve().name}.converting"
-    with replacing(stage) as new:
-        for output in outputs:
-            _write(new / output.folder, output, args.dtype)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for output in outputs:
-        shutil.rmtree(args.out / output.folder, ignore_errors=True)
-        (stage / output.folder).rename(args.out / output.folder)
-    stage.rmdir()
+    folders = [args.out / output.folder for output in outputs]
+    check_apart(folders, [source])
+    check_writable(args.out)
+    for folder in folders:
+        check_replaceable(folder)
+    with ExitStack() as stack:
+        for output, folder in zip(outputs, folders, strict=True):
+            new = stack.enter_context(replaced_folder(folder))
+            _write(new, output, args.dtype)
+            record(new)  # now, so that little can fail between the moves at the end
     print(f"wrote {', '.join(output.folder for output in outputs)} in {args.out}")
 
 
@@ -133,7 +139,6 @@ def _other(source: Path) -> Output | None:
 
 
 def _write(folder: Path, output: Output, dtype: str | None) -> None:
-    folder.mkdir(parents=True)
     for name, values in output.texts.items():
         write_json(folder / name, values)
     for path in output.files:

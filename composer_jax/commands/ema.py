@@ -6,9 +6,10 @@ import argparse
 import shutil
 from pathlib import Path
 
-from composer_jax.models.files import open_tensors, read_json, write_json, write_tensors
-from composer_jax.storage.models import replacing
+from composer_jax.models.files import open_tensors, read_json, write_tensors
 from composer_jax.training.ema import reconstruct
+from composer_jax.utils.atomic import check_writable, write_json
+from composer_jax.utils.owned import check_apart, check_replaceable, replaced_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,15 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes a model directory whose parameters are that average."""
+    check_apart([args.out], [args.workdir / "model", args.workdir / "ema"])
+    check_replaceable(args.out)
+    check_writable(args.out)
     step, tensors = reconstruct(args.workdir, args.length, args.step)
     trained = args.workdir / "model"
     info = read_json(trained / "model.json")
     fixed = open_tensors(trained / "unet.safetensors")
     if missing := set(tensors) - set(fixed):
         raise ValueError(f"{trained} lacks {sorted(missing)[0]}, which the snapshots have")
-    if args.out.exists() and not (args.out / "model.json").is_file():
-        raise ValueError(f"{args.out} exists and is no model directory")
-    with replacing(args.out) as new:
+    with replaced_folder(args.out) as new:
         for part in ("vae", "clip"):
             shutil.copytree(trained / part, new / part)
         write_tensors(new / "unet.safetensors", {**fixed, **tensors})

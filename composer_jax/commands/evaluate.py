@@ -36,9 +36,9 @@ from composer_jax.evaluation.experiments import EXPERIMENTS, Cell, Samples
 from composer_jax.evaluation.judges import scenes_judges
 from composer_jax.evaluation.quality import effnet_features, quality
 from composer_jax.evaluation.report import Report
-from composer_jax.models.files import write_json
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import describe_model
+from composer_jax.utils.atomic import write_json
 
 CHUNK = 64
 

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from composer_jax.commands import train
 from composer_jax.commands.prepare import share
 from composer_jax.evaluation.sweeps import FAILED, MEASURED, TRAINED, Table, results
-from composer_jax.models.files import read_json, write_json
+from composer_jax.models.files import read_json
 from composer_jax.training.config import load_config
 from composer_jax.training.sweep import Run, Sweep, load_sweep
+from composer_jax.utils.atomic import write_json
 
 POOLS = "pools"  # in OUT: what sources are taken apart into, once for all runs
 # what the share of this process is told by is not for the runs, each of which is a job alone

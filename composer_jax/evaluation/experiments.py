@@ -14,8 +14,9 @@ import numpy as np
 
 from composer_jax.diffusion import Use
 from composer_jax.evaluation.control import sample_each
-from composer_jax.models.files import read_json, write_json
+from composer_jax.models.files import read_json
 from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.utils.atomic import write_json
 
 CALL = "evaluation.json"
 PART = 64  # images a file

@@ -36,7 +36,9 @@ from composer_jax.models.clip_towers import (
     flax_towers,
     nnx_towers,
 )
-from composer_jax.models.files import Tensor, module_tensors, read_json, write_json
+from composer_jax.models.files import Tensor, module_tensors, read_json
+from composer_jax.utils.atomic import write_json
+from composer_jax.utils.owned import replaced_folder
 
 log = logging.getLogger("composer_jax")
 
@@ -100,15 +102,18 @@ class Clip:
 
     def save(self, folder) -> None:
         """Writes a directory that `load`, `FlaxCLIPModel`, `CLIPModel`, `CLIPTokenizer` and
-        `CLIPImageProcessor` load (`from_pretrained`), of transformers 4 and 5."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _quiet():
-            self.config.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-        split_tokenizer(folder)
-        write_json(folder / "preprocessor_config.json", self.preprocess.to_dict())
-        write_params(folder, self.params)
+        `CLIPImageProcessor` load (`from_pretrained`), of transformers 4 and 5.
+
+        It takes the place of an older one in one move; what others wrote there stays. Raises
+        `WriteError` where the system refuses.
+        """
+        with replaced_folder(Path(folder), keep=True) as new:
+            with _quiet():
+                self.config.save_pretrained(new)
+                self.tokenizer.save_pretrained(new)
+            split_tokenizer(new)
+            write_json(new / "preprocessor_config.json", self.preprocess.to_dict())
+            write_params(new, self.params)
 
     @property
     def backend(self) -> str:

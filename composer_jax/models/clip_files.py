@@ -25,11 +25,11 @@ from composer_jax.models.files import (
     on_device,
     open_tensors,
     read_json,
-    write_json,
     write_tensors,
 )
 from composer_jax.models.hub import find_folder
 from composer_jax.models.peers import from_peer, to_peer
+from composer_jax.utils.atomic import write_json, write_text
 
 TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.json",))  # either is enough
 MORE = (
@@ -140,7 +140,7 @@ def split_tokenizer(folder: Path) -> None:
     write_json(folder / "vocab.json", model["vocab"])
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     lines = "\n".join(["#version: 0.2", *merges]) + "\n"
-    (folder / "merges.txt").write_text(lines, encoding="utf-8")
+    write_text(folder / "merges.txt", lines)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from composer_jax.utils.atomic import new_file
+
 FORMAT = 1  # of our own directories
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -92,11 +94,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
     return content
-
-
-def write_json(path: Path, values: Mapping) -> None:
-    """Writes a JSON object, indented."""
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def refuse_pickle(path: Path) -> None:
@@ -217,7 +214,8 @@ def _open_shards(index: Path, root: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Writes a safetensors file with checksums, one tensor in memory at a time."""
+    """Writes a safetensors file with checksums, one tensor in memory at a time; the old file, which
+    may be what is being read, stays until the new one is whole. Raises `WriteError`."""
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {}, 0
     for name, tensor in tensors.items():
@@ -234,20 +232,15 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
         return json.dumps({"__metadata__": metadata, **header}).encode()
 
     room = -(-len(head(sums)) // 8) * 8  # no checksum is longer than these
-    new = path.with_name(path.name + ".new")  # the old file may be what is being read
-    try:
-        with new.open("wb") as file:
-            file.seek(8 + room)
-            for name, tensor in tensors.items():
-                array = np.ascontiguousarray(tensor.read().astype(tensor.dtype, copy=False))
-                raw = array.reshape(-1).view(np.uint8)
-                sums[name] = zlib.crc32(raw)
-                file.write(raw)
-            file.seek(0)
-            file.write(room.to_bytes(8, "little") + head(sums).ljust(room))
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    with new_file(path) as new, new.open("wb") as file:
+        file.seek(8 + room)
+        for name, tensor in tensors.items():
+            array = np.ascontiguousarray(tensor.read().astype(tensor.dtype, copy=False))
+            raw = array.reshape(-1).view(np.uint8)
+            sums[name] = zlib.crc32(raw)
+            file.write(raw)
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + head(sums).ljust(room))
 
 
 def in_memory(array) -> Tensor:

@@ -10,7 +10,6 @@ A training workdir holds one under `model/` and can be given wherever a model di
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,13 +30,14 @@ from composer_jax.models.files import (
     module_tensors,
     open_tensors,
     read_json,
-    write_json,
     write_tensors,
 )
 from composer_jax.models.initializers import abstract
 from composer_jax.models.objects import ObjectConfig, ObjectDetector
 from composer_jax.models.pretrained import open_vae
 from composer_jax.models.vae import VAE
+from composer_jax.utils.atomic import write_json
+from composer_jax.utils.owned import link, replaced_folder
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = ASSETS / "scenes64"
@@ -79,7 +79,7 @@ KINDS = {VAE: "vae", DepthRegressor: "depth", ObjectDetector: "objects"}
 def save_part(
     folder: Path, part: VAE | DepthRegressor | ObjectDetector, dtype: str | None = None
 ) -> None:
-    """Writes a network's config and tensors into `folder`, replacing it in one move."""
+    """Writes a network's config and tensors into `folder`, as `write_part` does."""
     kind = KINDS[type(part)]
     tensors = module_tensors(part)
     if dtype:
@@ -90,9 +90,10 @@ def save_part(
 def write_part(folder: Path, config: Mapping, tensors: Mapping[str, Tensor]) -> None:
     """Writes config.json and model.safetensors, one tensor in memory at a time.
 
-    `folder` is replaced in one move, when all is written.
+    `folder` is replaced in one move, when all is written; what others wrote there stays. Raises
+    `WriteError` where the system refuses.
     """
-    with replacing(folder) as new:
+    with replaced_folder(folder, keep=True) as new:
         write_json(new / "config.json", {"format": FORMAT, **config})
         write_tensors(new / "model.safetensors", tensors)
 
@@ -125,25 +126,18 @@ def _load_detector(folder: Path, kind: type, config_kind: type, dtype) -> nnx.Mo
 
 
 def save_model(folder: Path, composer: Composer, parts: Path, info: dict) -> None:
-    """Writes a model directory, replacing an older one in one move.
+    """Writes a model directory, replacing an older one in one move; what else lies in it stays.
 
     `parts`: a folder with `vae` and `clip`, whose files are linked in, or copied where links are
-    not possible; `info`: process, sampler defaults, origin.
+    not possible; `info`: process, sampler defaults, origin. Raises `WriteError`.
     """
-    with replacing(folder) as new:
+    with replaced_folder(folder, keep=True) as new:
         absent = {name: list(parts) for name, parts in composer.absent.items()}
         head = {"format": FORMAT, "composer": composer.config.to_dict(), "absent": absent}
         write_json(new / "model.json", {**head, **info})
         write_tensors(new / "unet.safetensors", module_tensors(composer))
         for part in ("vae", "clip"):
-            shutil.copytree(parts / part, new / part, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
+            shutil.copytree(parts / part, new / part, copy_function=link)
 
 
 def find_model(where: str | Path) -> Path | None:
@@ -178,25 +172,6 @@ def load_model(where: str | Path | None = None, dtype=None) -> Model:
     composer, path = abstract(Composer, config, absent, dtype=dtype), folder / "unet.safetensors"
     fill_module(composer, open_tensors(path), str(path), dtype)
     return Model(composer, load_codec(folder, dtype), folder / "clip", info)
-
-
-class replacing:
-    """Gives a new empty folder that takes the old one's place when all went well."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.new = folder, folder.with_name(folder.name + ".new")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.new, ignore_errors=True)
-        self.new.mkdir(parents=True)
-        return self.new
-
-    def __exit__(self, kind, *error) -> None:
-        if kind is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.new.rename(self.folder)
-        else:
-            shutil.rmtree(self.new, ignore_errors=True)
 
 
 def parameter_count(module: nnx.Module) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax
 from jax import export
 
 import composer_jax
+from composer_jax.utils.atomic import write_bytes
 
 SUFFIX = ".stablehlo"
 TRACED = ("flax", "jax", "optax")  # packages whose code is traced, too
@@ -54,10 +54,7 @@ def open_program(path: Path) -> Callable:
 def write_program(path: Path, jitted: Callable, *inputs: Any) -> None:
     """Traces a jitted function and writes its file, in one move."""
     traced = export.export(jitted)(*inputs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}")
-    new.write_bytes(traced.serialize())
-    os.replace(new, path)
+    write_bytes(path, traced.serialize())
 
 
 @functools.cache

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from composer_jax.models.files import read_json, write_json
+from composer_jax.models.files import read_json
 from composer_jax.storage.models import Model
+from composer_jax.utils.atomic import write_json
 
 CALL = "call.json"
 

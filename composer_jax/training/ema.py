@@ -61,10 +61,7 @@ def snapshot_path(workdir: Path, step: int, length: float) -> Path:
 
 def write_snapshot(path: Path, tensors: dict[str, Tensor]) -> None:
     """Keeps an average in float16, in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    write_tensors(new, {name: tensor.cast("float16") for name, tensor in tensors.items()})
-    new.replace(path)
+    write_tensors(path, {name: tensor.cast("float16") for name, tensor in tensors.items()})
 
 
 def reconstruct(workdir: Path, length: float, step: int | None = None) -> tuple[int, dict]:

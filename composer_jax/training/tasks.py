@@ -28,11 +28,12 @@ from composer_jax.models.files import Tensor, module_tensors
 from composer_jax.models.initializers import described, drawn
 from composer_jax.models.objects import ObjectConfig, ObjectDetector, object_loss
 from composer_jax.models.vae import VAE, VAEConfig, codec_loss, pca_skip, standardised
-from composer_jax.storage.models import replacing, save_model, save_part
+from composer_jax.storage.models import save_model, save_part
 from composer_jax.training.cluster import share
 from composer_jax.training.composer import make_recipe
 from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import Loss
+from composer_jax.utils.owned import replaced_folder
 
 log = logging.getLogger("composer_jax")
 
@@ -298,7 +299,7 @@ def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
         composer = recipe.composer(params)
         parts = workdir / "parts"
         if not parts.is_dir():  # the fixed networks, written once
-            with replacing(parts) as new:
+            with replaced_folder(parts, keep=True) as new:
                 save_part(new / "vae", vae)
                 clip.save(new / "clip")
         save_model(workdir / "model", composer, parts, info | {"step": step})

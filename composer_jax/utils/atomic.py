@@ -35,7 +35,7 @@ class WriteError(OSError):
     def __init__(self, path: Path, error: OSError):
         reason = error.strerror or " ".join(str(error).split())
         super().__init__(f"{path} cannot be written: {reason} ({_file_system(path)})")
-        self.errno = error.errno
+        self.path, self.error, self.errno = path, error, error.errno
 
 
 @contextmanager
@@ -115,6 +115,10 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
                     os.rename(old, folder)
                 raise
             _sync(folder.parent)
+        except WriteError as inner:  # it is named as the user knows it
+            if not inner.path.is_relative_to(part):
+                raise
+            raise WriteError(folder / inner.path.relative_to(part), inner.error) from inner
         finally:
             _remove(part)
         _remove(old)

@@ -6,7 +6,9 @@ checksum of its beginning. What it does not name, or what has changed since, is 
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -16,6 +18,7 @@ from pathlib import Path
 
 from composer_jax.utils.atomic import new_folder, write_json
 
+log = logging.getLogger("composer_jax")
 MANIFEST = "composer-files.json"
 BEGINNING = 2**20  # bytes that a checksum is of; a safetensors file of ours begins with all of its
 SHOWN = 3  # names in a message
@@ -28,7 +31,9 @@ def record(folder: Path, files: Iterable[Path] | None = None) -> None:
     marks = {
         path.relative_to(folder).as_posix(): _mark(path) for path in files if path.name != MANIFEST
     }
-    write_json(folder / MANIFEST, {"format": 1, "files": {**_listed(folder), **marks}})
+    old = _listed(folder)
+    if {**old, **marks} != old:
+        write_json(folder / MANIFEST, {"format": 1, "files": {**old, **marks}})
 
 
 def foreign(folder: Path) -> list[str]:
@@ -92,7 +97,8 @@ def replaced_folder(folder: Path, *, keep: bool = False) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the place of `folder` with a list of its files.
 
     What we did not write there raises ValueError, before and after; with `keep` it stays beside
-    what is new. Raises `WriteError` where the system refuses; then `folder` is as it was.
+    what is new, as NAME.kept where that has the same name. Raises `WriteError` where the system
+    refuses; then `folder` is as it was.
     """
     folder = Path(os.path.realpath(folder))
     check_replaceable(folder, keep=keep)
@@ -106,13 +112,20 @@ def replaced_folder(folder: Path, *, keep: bool = False) -> Iterator[Path]:
 
 
 def _carry(old: Path, new: Path) -> None:
-    """Links what `old` does not list into `new`, where that has nothing of the name."""
+    """Links what we did not write in `old` into `new`: under its name, or NAME.kept."""
     listed = _listed(old)
     for path in sorted(old.rglob("*")):
         name = path.relative_to(old).as_posix()
-        place = new / name
-        if name in listed or name == MANIFEST or os.path.lexists(place) or _is_folder(path):
+        ours = _is_plain(path) and listed.get(name) == _mark(path)
+        if ours or _is_folder(path) or (path.name == MANIFEST and (new / name).exists()):
             continue
+        place = new / name
+        for number in itertools.count():
+            if not os.path.lexists(place):
+                break
+            place = new / f"{name}.kept{number or ''}"
+        if place != new / name:
+            log.warning("%s was changed by others; what was there is now %s", path, place.name)
         place.parent.mkdir(parents=True, exist_ok=True)
         link(path, place)
 

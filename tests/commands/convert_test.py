@@ -1,6 +1,7 @@
 """`composer convert`: there, back, and nothing written where something is wrong."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from composer_jax.models.peers import to_peer
 from composer_jax.models.unet import UNet, UNetConfig
 from composer_jax.models.vae import VAE, VAEConfig
 from composer_jax.storage.models import BUNDLED
+from tests.disks import file_limit
 
 UNET = UNetConfig(
     block_out_channels=(32, 64),
@@ -44,8 +46,8 @@ def arrays(path):
 def test_stable_diffusion_comes_in_and_goes_back_as_it_was(sd, tmp_path, capfd):
     assert main(["convert", str(sd), "--out", str(tmp_path / "ours")]) == 0
     assert "wrote unet, vae in" in capfd.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "ours").rglob("*.*")) == [
-        "config.json", "config.json", "model.safetensors", "model.safetensors"
+    assert sorted(p.name for p in (tmp_path / "ours/vae").iterdir()) == [
+        "composer-files.json", "config.json", "model.safetensors"
     ]  # fmt: skip
     out = ["--out", str(tmp_path / "back"), "--to", "diffusers"]
     assert main(["convert", str(tmp_path / "ours"), *out]) == 0
@@ -56,7 +58,7 @@ def test_stable_diffusion_comes_in_and_goes_back_as_it_was(sd, tmp_path, capfd):
         before, after = (json.loads((d / part / "config.json").read_text())
                          for d in (sd, tmp_path / "back"))  # fmt: skip
         assert before == after
-    assert not list(tmp_path.glob("*converting*"))
+    assert sorted(os.listdir(tmp_path)) == ["back", "ours"]
 
 
 def test_clip_comes_in_as_transformers_has_it(tmp_path):
@@ -119,7 +121,7 @@ def test_nothing_is_written_where_something_is_wrong(sd, tmp_path, capfd, edit, 
     assert main(["convert", str(source), "--out", str(tmp_path / "out")]) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("composer: ") and message in error
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*converting*"))
+    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_numbers_that_break_late_leave_the_old_output(sd, tmp_path, capfd):
@@ -140,3 +142,72 @@ def test_what_cannot_be_converted_is_said(tmp_path, capfd):
     assert "holds no network that can be converted" in capfd.readouterr().err
     assert main(["convert", "nowhere", "--out", str(tmp_path / "out")]) == 2
     assert "no such directory, and no hub name" in capfd.readouterr().err
+
+
+def tree(folder) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "named"),
+    [
+        ("sd", "sd", "lies in"),
+        ("sd", "sd/unet", "lies in"),
+        ("sd", "link", "lies in"),
+        ("sd/vae", "sd", "is what is read"),
+        ("link", "sd/new", "lies in"),
+    ],
+)
+def test_nothing_that_is_read_is_written(sd, tmp_path, monkeypatch, capfd, source, out, named):
+    shutil.copytree(sd, tmp_path / "sd")
+    (tmp_path / "link").symlink_to("sd")
+    before = tree(tmp_path)
+    for folder in (tmp_path, tmp_path / out):
+        if not folder.is_dir():
+            continue
+        monkeypatch.chdir(folder)
+        place = "." if folder == tmp_path / out else out
+        assert main(["convert", str(tmp_path / source), "--out", place]) == 2
+        assert named in capfd.readouterr().err
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("stranger", ["vae/notes.txt", "vae/a/b.bin", "unet", "vae/config.json"])
+def test_what_others_wrote_is_never_replaced(sd, tmp_path, capfd, stranger):
+    path = tmp_path / "out" / stranger
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    assert main(["convert", str(sd), "--out", str(tmp_path / "out")]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and path.name in error
+    assert tree(tmp_path) == {f"out/{stranger}": b"mine"}
+
+
+def test_a_network_of_ours_that_was_changed_stays(sd, tmp_path, capfd):
+    words = ["convert", str(sd / "vae"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0 and main(words) == 0
+    (tmp_path / "out/other").write_text("x")  # beside what is written
+    assert main(words) == 0
+    with (tmp_path / "out/vae/config.json").open("a") as file:
+        file.write(" ")
+    before = tree(tmp_path)
+    assert main(words) == 2
+    assert "vae holds config.json" in capfd.readouterr().err
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000, 300_000])
+def test_a_full_disk_leaves_what_was_there_and_the_same_command_goes_on(sd, tmp_path, capsys, size):
+    words = ["convert", str(sd), "--out", str(tmp_path / "a/out")]
+    with file_limit(size):
+        assert main(words) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{tmp_path}/a/out/unet" in error and "file system" in error and ".part" not in error
+    assert os.listdir(tmp_path) == []
+    assert main([*words, "--only", "vae"]) == 0
+    before = tree(tmp_path)
+    with file_limit(size):
+        assert main(words) == 1
+    assert tree(tmp_path) == before
+    assert main(words) == 0

@@ -8,9 +8,10 @@ from PIL import Image
 from composer_jax import conditions
 from composer_jax.cli import main
 from composer_jax.models.dpt import DPT, DPTConfig, Preprocess
-from composer_jax.models.files import module_tensors, write_json, write_tensors
+from composer_jax.models.files import module_tensors, write_tensors
 from composer_jax.models.initializers import described, initialised
 from composer_jax.storage.models import BUNDLED
+from composer_jax.utils.atomic import write_json
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from composer_jax.models.files import (
     in_memory,
     module_tensors,
     open_tensors,
-    write_json,
     write_tensors,
 )
 from composer_jax.models.initializers import abstract
 from composer_jax.models.peers import to_peer
+from composer_jax.utils.atomic import write_json
 
 pytestmark = pytest.mark.fast
 

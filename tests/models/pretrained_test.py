@@ -12,7 +12,6 @@ from composer_jax.models.files import (
     in_memory,
     module_tensors,
     open_tensors,
-    write_json,
     write_tensors,
 )
 from composer_jax.models.layouts import (
@@ -29,6 +28,7 @@ from composer_jax.models.peers import to_peer
 from composer_jax.models.pretrained import kinds_in, open_unet, open_vae
 from composer_jax.models.unet import PRESETS, UNet, UNetConfig
 from composer_jax.models.vae import VAE, VAEConfig
+from composer_jax.utils.atomic import write_json
 
 UNET = UNetConfig(
     block_out_channels=(32, 64, 64),

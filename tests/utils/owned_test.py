@@ -103,6 +103,17 @@ def test_what_is_kept_stays_beside_what_is_new(tmp_path):
     assert foreign(out) == ["link", "notes"]
 
 
+def test_what_was_changed_is_kept_under_another_name(tmp_path, caplog):
+    out = tmp_path / "model"
+    make(out, a="1", b="1")
+    (out / "a").write_text("mine")
+    for text in ("2", "3"):
+        with replaced_folder(out, keep=True) as new:
+            (new / "a").write_text(text)
+    assert (out / "a").read_text() == "3" and (out / "a.kept").read_text() == "mine"
+    assert sorted(os.listdir(out)) == ["a", "a.kept", MANIFEST]
+
+
 def test_the_current_folder_is_refused(tmp_path, monkeypatch):
     make(tmp_path / "out", a="1")
     monkeypatch.chdir(tmp_path / "out")
