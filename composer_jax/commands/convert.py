@@ -6,8 +6,7 @@ Tensors pass one by one: no network is ever in memory as a whole.
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,13 +36,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Output:
-    """A network to write: folder, JSON by name, the tensors and their file, files to copy."""
+    """A network to write: folder, JSON by name, tensors and their file, what writes the rest."""
 
     folder: str
     texts: Mapping[str, Mapping[str, Any]]
     weights: str
     tensors: Mapping[str, Tensor]
-    files: Sequence[Path] = ()
+    rest: Callable[[Path], None] | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,8 +128,8 @@ def _other(source: Path) -> Output | None:
         return None
     values = read_json(member(source, "config.json"))
     if values.get("model_type") == "clip":
-        tensors, files = open_clip(source)
-        return Output("clip", {}, "model.safetensors", to_peer(tensors), files)
+        tensors, rest = open_clip(source)
+        return Output("clip", {}, "model.safetensors", to_peer(tensors), rest)
     if is_dpt(values):
         config, tensors = open_dpt(source)
         values = {"format": FORMAT, "kind": "dpt", **config.to_dict()}
@@ -141,8 +140,8 @@ def _other(source: Path) -> Output | None:
 def _write(folder: Path, output: Output, dtype: str | None) -> None:
     for name, values in output.texts.items():
         write_json(folder / name, values)
-    for path in output.files:
-        shutil.copyfile(path, folder / path.name)
+    if output.rest:
+        output.rest(folder)
     if not output.weights:
         return
     tensors = output.tensors

@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
             np.save(folder / f"{name}.npy", as_array(value), allow_pickle=False)
         rows.append(row)
     save_png(args.out / "contact_sheet.png", labelled_sheet(rows))
+    tools["clip"].report_cut()
     for name, reason in reasons.items():
         print(f"without {name}: {reason}")
     done = sum(len(stored) for stored in results.values())

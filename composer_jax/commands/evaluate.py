@@ -189,10 +189,12 @@ def _examples(
     if not names:
         raise ValueError(f"{text} gives none of the model's conditions: {reasons}")
     images, stored = [], []
+    pipe.clip.cut.clear()
     for start in range(0, len(drawn), CHUNK):
         batch = source.batch(drawn[start : start + CHUNK])
         images.append(batch["image"])
         stored += extract_all(batch["image"], batch["given"], names, tools)
+    pipe.clip.report_cut()
     images = np.concatenate(images)
     if len(images) < 2:
         raise ValueError(f"{text} gives {len(images)} images; at least 2 are wanted")

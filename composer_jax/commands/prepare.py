@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [s for s in range(shards) if not cache.notes_path(args.out, s).is_file()]
     mine = [shard for shard in missing if shard % count == index]
     _write(args.out, mine, shards, args.shard_size, source, names, specs, extractors)
+    extractors.clip.report_cut()
     notes = cache.finish(args.out, shards, specs)
     if notes is None:
         left = sum(not cache.notes_path(args.out, s).is_file() for s in range(shards))
@@ -124,7 +125,10 @@ def _claim(
         cache.write_whole(path, made)
     old, new = json.loads(path.read_text()), json.loads(json.dumps(made))
     for key in new:
-        if old.get(key) != new[key]:
+        other = old.get(key) != new[key]
+        if key == "made_by" and isinstance(old.get(key), dict):
+            other = cache.other_maker(old[key], new[key])
+        if other:
             raise ValueError(
                 f"{args.out} was made with {key} = {old.get(key)!r}, now it is {new[key]!r}; "
                 "give another --out, or what it was made with"

@@ -16,7 +16,8 @@ _SIDE, _MARGIN = 256, 12  # pixels of a rendered caption
 
 
 class Caption(Condition):
-    """CLIP's word and sentence embeddings of a text. The tool is a CLIP with `text` and `image`.
+    """CLIP's word and sentence embeddings of a text. The tool is a CLIP with `text` and `image`,
+    and `report_cut` where it counts the texts that it cuts.
 
     `blend` goes along the sphere for the sentence and straight from word to word at each position.
     """
@@ -62,6 +63,8 @@ class Caption(Condition):
         if not isinstance(text, str):
             raise ValueError(f"caption takes a sentence (str), not {type(text).__name__}")
         encoded = _needed(tool).text([text])
+        if hasattr(tool, "report_cut"):
+            tool.report_cut()
         return {"text": text, **{name: array[0] for name, array in encoded.items()}}
 
     def absent(self, tool=None) -> dict[str, Any]:

@@ -51,6 +51,14 @@ def feature_specs(names: Sequence[str], sizes: Mapping[str, int], size: int) -> 
     return found
 
 
+def other_maker(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first key in which two `made_by` differ; older caches lack "tokenizer", which is then
+    asked of their captions (`Caches.check_tokens`)."""
+    old, new = json.loads(json.dumps([dict(old), dict(new)]))
+    late = {"tokenizer"} if not ("tokenizer" in old and "tokenizer" in new) else set()
+    return next((key for key in new if key not in late and old.get(key) != new[key]), None)
+
+
 def nested(flat: Mapping[str, Any]) -> dict:
     """{"a/b": 1} as {"a": {"b": 1}}."""
     tree: dict = {}

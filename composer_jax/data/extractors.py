@@ -51,6 +51,7 @@ class Extractors:
         code = conditions.fingerprint(conditions.names())
         key = ["available", source.key, len(source), source.size, self.made_by, code]
         reasons = remembered(pools, key, lambda: available(source, self.tools))
+        self.clip.cut.clear()  # of examples that are taken apart again
         for name, reason in reasons.items():
             if reason:
                 log.warning("goes without %s: %s", name, reason)
@@ -106,6 +107,7 @@ def load_extractors(config) -> Extractors:
         "vae": fingerprint(nnx.state(vae)),
         "clip": fingerprint(clip.params),
         "clip_text": clip_text,
+        "tokenizer": clip.tokenizer.fingerprint(),
         "tools": config.tools.to_dict(),
     }
     tools = {"clip": clip, **load_tools(**config.tools)}

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from composer_jax.data.cache import FORMAT, SPLIT, feature_specs, nested, shard_path
+from composer_jax.data.cache import FORMAT, SPLIT, feature_specs, nested, other_maker, shard_path
 
+ASKED = 256  # captions of an older cache that are tokenized again
 PATTERN = 4096  # positions after which the proportions of a mix repeat, exactly
 
 
@@ -38,7 +39,8 @@ class Caches:
             raise ValueError(f"{text} holds images of {self.size} px, config.image_size is {size}")
         for other in self._parts[1:]:
             for key in ("image_size", "conditions", "sizes", "made_by"):
-                if other.known[key] != first.known[key]:
+                values = first.known[key], other.known[key]
+                if other_maker(*values) if key == "made_by" else values[0] != values[1]:
                     raise ValueError(
                         f"{first.folder} and {other.folder} cannot be mixed: {key} is "
                         f"{first.known[key]!r} and {other.known[key]!r}"
@@ -57,13 +59,43 @@ class Caches:
                     f"{self.name} has no {name}; it has {', '.join(self.conditions)}; set "
                     "config.conditions, or prepare it anew"
                 )
-        known = self._parts[0].known["made_by"]
-        for key, value in json.loads(json.dumps(dict(made_by))).items():
-            if known.get(key) != value:
+        for part in self._parts:
+            known = part.known["made_by"]
+            if key := other_maker(known, made_by):
                 raise ValueError(
                     f"{self.name} was prepared with {key} {known.get(key)!r}, the config names "
-                    f"{value!r}; prepare it with this config"
+                    f"{made_by[key]!r}; prepare it with this config"
                 )
+
+    def check_tokens(self, tokenize: Callable[[Sequence[str]], np.ndarray]) -> None:
+        """Asks captions of caches that do not say which tokenizer made them; `tokenize`: texts to
+        ids. Raises ValueError for one whose stored ids are others."""
+        if "caption" not in self.conditions:
+            return
+        for part in self._parts:
+            if "tokenizer" in part.known["made_by"]:
+                continue
+            rows = np.unique(np.linspace(0, len(part) - 1, min(len(part), ASKED)).astype(int))
+            texts, ids = self._captions(part.read(rows))
+            wrong = np.flatnonzero((tokenize(texts) != ids).any(axis=1))
+            if wrong.size:
+                raise ValueError(
+                    f"{part.folder} was prepared by other rules of CLIP's tokenizer: of "
+                    f"{len(texts)} captions that were looked at {wrong.size} have other tokens "
+                    f"today, such as {texts[wrong[0]][:200]!r}; prepare it anew"
+                )
+
+    def _captions(self, records: Sequence[bytes]) -> tuple[list[str], np.ndarray]:
+        from composer_jax.data.tensorflow import tf
+
+        lib, texts, ids = tf(), [], []
+        keys = ("stored/caption/text", "stored/caption/ids")
+        features = {key: lib.io.FixedLenFeature((), lib.string) for key in keys}
+        for record in records:
+            found = lib.io.parse_single_example(record, features)
+            texts.append(found[keys[0]].numpy().decode())
+            ids.append(np.frombuffer(found[keys[1]].numpy(), np.int32))
+        return texts, np.stack(ids)
 
     def examples(self, indices: Sequence[int]) -> dict[str, Any]:
         """Examples of the first cache by index, a tree as `batches` gives it."""

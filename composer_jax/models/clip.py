@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import logging
-import tempfile
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -20,15 +20,15 @@ import numpy as np
 
 from composer_jax.models.bpe import END, START, build_vocabulary
 from composer_jax.models.clip_files import (
-    SMALL,
+    PREPROCESSORS,
     Preprocess,
     find_clip,
     open_params,
     read_params,
-    split_tokenizer,
     write_params,
 )
 from composer_jax.models.clip_nnx import CLIPConfig, abstract_clip, random_params
+from composer_jax.models.clip_tokenizer import CutTexts, Tokenizer
 from composer_jax.models.clip_towers import (
     Towers,
     encode_image,
@@ -60,15 +60,16 @@ class Clip:
     """A text tower and an image tower that agree; `load` one or make a `small_clip`.
 
     `params`: a nested dict of float32 arrays, transformers' Flax layout, whatever the backend.
-    `config` and `tokenizer` are transformers'; `pad` is the id that fills up a text.
+    `config` is transformers'; `pad` is the id that fills up a text; `cut` counts texts too long.
     """
 
     config: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     programs: Programs = dataclasses.field(repr=False)
     preprocess: Preprocess
     params: dict[str, Any]
     pad: int
+    cut: CutTexts = dataclasses.field(default_factory=CutTexts, repr=False)
 
     @staticmethod
     def load(source, *, backend: str | None = None, skip: int = 0, pad: str | None = None) -> Clip:
@@ -83,14 +84,7 @@ class Clip:
         """
         folder = find_clip(source)
         config, checked = _read_config(folder)
-        with _quiet() as transformers:
-            try:
-                split = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-                kind = transformers.CLIPTokenizer if split else transformers.CLIPTokenizerFast
-                tokenizer = kind.from_pretrained(folder)
-                _check_tokenizer(tokenizer, checked)
-            except Exception as error:  # whatever a broken file makes of itself in there
-                raise ValueError(f"{folder} is broken: {' '.join(str(error).split())}") from error
+        tokenizer = _read_tokenizer(folder, checked)
         network = abstract_clip(checked)
         preprocess = Preprocess.load(folder, checked.vision.image_size)
         programs = _programs(config, backend, skip, preprocess)
@@ -110,8 +104,7 @@ class Clip:
         with replaced_folder(Path(folder), keep=True) as new:
             with _quiet():
                 self.config.save_pretrained(new)
-                self.tokenizer.save_pretrained(new)
-            split_tokenizer(new)
+            self.tokenizer.save(new, self.sizes["text_length"])
             write_json(new / "preprocessor_config.json", self.preprocess.to_dict())
             write_params(new, self.params)
 
@@ -132,7 +125,7 @@ class Clip:
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Texts to token ids, int32 [B, L], padded; a longer text is cut and still ends in the end
-        token. Raises ValueError where `texts` is not a sequence of str."""
+        token (`report_cut` says so). Raises ValueError where `texts` is not a sequence of str."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         wrong = [text for text in texts if not isinstance(text, str)]
         if wrong:
@@ -140,11 +133,18 @@ class Clip:
         length = self.sizes["text_length"]
         if not texts:
             return np.zeros((0, length), np.int32)
-        rows = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        rows, left = self.tokenizer.encode(texts, length)
+        self.cut.add(texts, left)
         ids_BxL = np.full((len(texts), length), self.pad, np.int32)
         for ids_L, row in zip(ids_BxL, rows, strict=True):
             ids_L[: len(row)] = row
         return ids_BxL
+
+    def report_cut(self) -> None:
+        """Logs in one line how many texts were cut since it was last called, and an example."""
+        if message := self.cut.message(self.sizes["text_length"]):
+            log.warning(message)
+        self.cut.clear()
 
     def text(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Encodes B texts: "ids" int32 [B, L], "tokens" float32 [B, L, D] (hidden states of the
@@ -187,15 +187,23 @@ class Clip:
         return dataclasses.replace(self, params=params)
 
 
-def open_clip(source) -> tuple[dict[str, Tensor], list[Path]]:
-    """A CLIP's parameters under our names, unread, and its other files; `source` as `Clip.load`.
+def open_clip(source) -> tuple[dict[str, Tensor], Callable[[Path], None]]:
+    """A CLIP's parameters under our names, unread, and what writes its other files into a folder;
+    `source` as `Clip.load`.
 
     Raises ValueError, one line, as `Clip.load` does.
     """
     folder = find_clip(source)
-    network = abstract_clip(_read_config(folder)[1])
-    files = [folder / name for name in SMALL if (folder / name).is_file()]
-    return open_params(folder, module_tensors(network)), files
+    checked = _read_config(folder)[1]
+    tokenizer = _read_tokenizer(folder, checked)
+
+    def write(target: Path) -> None:
+        for name in ("config.json", *PREPROCESSORS):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, target / name)
+        tokenizer.save(target, checked.text.max_position_embeddings)
+
+    return open_params(folder, module_tensors(abstract_clip(checked))), write
 
 
 def _read_config(folder: Path) -> tuple[Any, CLIPConfig]:
@@ -271,11 +279,7 @@ def small_clip(
         "image_size": image_size,
         "projection_dim": 128,
     }
-    with _quiet() as transformers, tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        lines = "\n".join(["#version: 0.2", *merges]) + "\n"
-        (Path(folder) / "merges.txt").write_text(lines, encoding="utf-8")
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=48)
+    with _quiet() as transformers:
         config = transformers.CLIPConfig(
             text_config=text | special, vision_config=vision, projection_dim=128
         )
@@ -284,27 +288,35 @@ def small_clip(
     params = random_params(network, config.logit_scale_init_value, seed)
     preprocess = Preprocess(image_size, (image_size,) * 2)
     programs = _programs(config, backend, 0, preprocess)
-    return _clip(config, tokenizer, programs, preprocess, params)
+    return _clip(config, Tokenizer(vocabulary, merges), programs, preprocess, params)
 
 
-def _clip(config, tokenizer, programs: Programs, preprocess, params, pad=None) -> Clip:
-    known = tokenizer.get_vocab()
-    pad = tokenizer.pad_token if pad is None else pad
-    if pad not in known:
+def _clip(config, tokenizer: Tokenizer, programs: Programs, preprocess, params, pad=None) -> Clip:
+    pad = tokenizer.special["pad_token"] if pad is None else pad
+    number = tokenizer.id(pad)
+    if number is None:
         raise ValueError(f"the padding token {pad!r} is not in CLIP's vocabulary")
-    return Clip(config, tokenizer, programs, preprocess, dict(params), known[pad])
+    return Clip(config, tokenizer, programs, preprocess, dict(params), number)
 
 
-def _check_tokenizer(tokenizer, config: CLIPConfig) -> None:
-    largest, end = max(tokenizer.get_vocab().values()), config.text.eos_token_id
-    if largest >= config.text.vocab_size:
-        raise ValueError(
-            f"its tokenizer has an id {largest}, its model {config.text.vocab_size} tokens"
-        )
-    if end not in (2, tokenizer.eos_token_id):  # 2: of the first releases, see TextTower
-        raise ValueError(
-            f"config.json ends a text with token {end}, its tokenizer with {tokenizer.eos_token_id}"
-        )
+def _read_tokenizer(folder: Path, config: CLIPConfig) -> Tokenizer:
+    """A directory's tokenizer; raises ValueError, one line, where it is broken or another
+    model's."""
+    try:
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.largest >= config.text.vocab_size:
+            raise ValueError(
+                f"its tokenizer has an id {tokenizer.largest}, its model "
+                f"{config.text.vocab_size} tokens"
+            )
+        end = config.text.eos_token_id
+        if end not in (2, tokenizer.end):  # 2: of the first releases, see TextTower
+            raise ValueError(
+                f"config.json ends a text with token {end}, its tokenizer with {tokenizer.end}"
+            )
+    except Exception as error:  # whatever a broken file makes of itself in there
+        raise ValueError(f"{folder} is broken: {' '.join(str(error).split())}") from error
+    return tokenizer
 
 
 def _programs(config, backend: str | None, skip: int, preprocess: Preprocess) -> Programs:

@@ -15,6 +15,7 @@ import numpy as np
 from flax import serialization, traverse_util
 from PIL import Image
 
+from composer_jax.models.clip_tokenizer import FILES, SETTINGS
 from composer_jax.models.files import (
     Tensor,
     Tensors,
@@ -29,16 +30,10 @@ from composer_jax.models.files import (
 )
 from composer_jax.models.hub import find_folder
 from composer_jax.models.peers import from_peer, to_peer
-from composer_jax.utils.atomic import write_json, write_text
 
-TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.json",))  # either is enough
-MORE = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
-SMALL = ("config.json", *sum(TOKENIZERS, ()), *MORE)  # all but the weights
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# all but the weights
+SMALL = ("config.json", *sum(FILES, ()), *SETTINGS, "added_tokens.json", *PREPROCESSORS)
 MSGPACK = "flax_model.msgpack"
 BUFFERS = r".*\.position_ids"  # stored by old releases, 0, 1, 2, ...
 MAX_PIXELS = 2**24  # of a resized image, before it is cropped
@@ -71,8 +66,8 @@ def _choose(files: set[str]) -> list[str]:
 def _missing(folder: Path) -> str:
     there = {name for name in SMALL if member(folder, name).is_file()}
     missing = [] if "config.json" in there else ["config.json"]
-    if not any(there.issuperset(files) for files in TOKENIZERS):
-        missing += [name for name in TOKENIZERS[0] if name not in there]
+    if not any(there.issuperset(files) for files in FILES):
+        missing += [name for name in FILES[0] if name not in there]
     try:
         path = _find_params(folder)
         if path.name.endswith(".index.json"):
@@ -131,18 +126,6 @@ def _unpack(path: Path) -> Tensors:
         raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from error
 
 
-def split_tokenizer(folder: Path) -> None:
-    """Writes vocab.json and merges.txt beside a tokenizer.json: transformers 4 wants the two,
-    transformers 5 writes the one. Does nothing where they are there."""
-    if all((folder / name).is_file() for name in TOKENIZERS[0]):
-        return
-    model = read_json(folder / "tokenizer.json")["model"]
-    write_json(folder / "vocab.json", model["vocab"])
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    lines = "\n".join(["#version: 0.2", *merges]) + "\n"
-    write_text(folder / "merges.txt", lines)
-
-
 @dataclass(frozen=True)
 class Preprocess:
     """What CLIPImageProcessor does to a uint8 image: resize, centre crop, normalise.
@@ -162,11 +145,11 @@ class Preprocess:
 
         Raises ValueError, one line, for another way or sizes that are not the model's.
         """
-        path, described = folder / MORE[0], {}
+        path, described = folder / PREPROCESSORS[0], {}
         if path.is_file():
             described = read_json(path)
-        elif (folder / MORE[1]).is_file():  # transformers 5's processors
-            path = folder / MORE[1]
+        elif (folder / PREPROCESSORS[1]).is_file():  # transformers 5's processors
+            path = folder / PREPROCESSORS[1]
             described = read_json(path).get("image_processor", {})
         try:
             return Preprocess.from_dict(described, image_size)

@@ -216,6 +216,7 @@ def clip_task(config, source: Source | Caches, workdir: Path) -> Task:
     take = lambda tree: {key: tree[key] for key in ("image", "ids", "false")}  # noqa: E731
     made_by = {"seed": config.seed, "altered": config.altered}
     data = _data(config, source, workdir, take, encoders=encoders, made_by=made_by)
+    clip.report_cut()
 
     def loss(params, batch, keys):
         del keys
@@ -286,6 +287,10 @@ def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
     made_by, encoders = extractors.made_by, extractors.encoders
     take = _stored(names, "moments")
     data = _data(config, source, workdir, take, names, tools, encoders, made_by)
+    clip.report_cut()
+    if isinstance(source, Caches):
+        source.check_tokens(clip.tokenize)
+        clip.cut.clear()
 
     info = {
         "process": recipe.process.to_dict(),

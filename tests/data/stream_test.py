@@ -1,5 +1,6 @@
 """Batches of caches: a pure order, no overlap between parts, the values that were prepared."""
 
+import json
 import shutil
 
 import jax
@@ -12,6 +13,8 @@ from composer_jax.data.prepare import arrays_of
 from composer_jax.data.sources import open_source
 from composer_jax.data.stream import Caches, pattern
 from composer_jax.data.tensorflow import tfds
+from composer_jax.models.clip import Clip
+from composer_jax.storage.models import BUNDLED
 
 ONLY = "--config.conditions=palette,sketch,caption,depth,instances"
 
@@ -93,6 +96,27 @@ def test_a_mix_keeps_its_proportions(caches):
     assert abs(count[0] / len(source) - 0.7) < 1e-3
     for number in (0, 1):
         np.testing.assert_array_equal(rank[source == number], np.arange(count[number]))
+
+
+def test_caches_of_before_tokenizers_were_noted_are_asked_for_their_ids(caches, tmp_path):
+    clip = Clip.load(BUNDLED / "clip")
+    made_by = {"tokenizer": clip.tokenizer.fingerprint()}
+    noted = Caches(f"cache:{caches / 'b'}")
+    noted.check((), made_by)
+    with pytest.raises(ValueError, match="prepared with tokenizer 'fast-1:"):
+        noted.check((), {"tokenizer": "other"})
+    old = tmp_path / "old"
+    shutil.copytree(caches / "b", old)
+    about = json.loads((old / "composer.json").read_text())
+    assert about["made_by"].pop("tokenizer") == made_by["tokenizer"]
+    (old / "composer.json").write_text(json.dumps(about))
+    Caches(f"cache:{old}+cache:{caches / 'b'}").check((), made_by)  # they mix, and are asked
+    cache = Caches(f"cache:{old}")
+    cache.check_tokens(clip.tokenize)
+    with pytest.raises(ValueError, match="10 captions that were looked at 10 have other tokens"):
+        cache.check_tokens(lambda texts: clip.tokenize([f"not {text}" for text in texts]))
+    again = ["--shard-size", "8", "--seed", "5", ONLY, "--out", str(old)]
+    assert main(["prepare", "scenes:10", *again]) == 0
 
 
 def test_wrong_sources_and_damage_are_named(caches, tmp_path):

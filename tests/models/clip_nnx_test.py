@@ -137,7 +137,7 @@ def test_the_hidden_state_before_the_last_layer_is_that_of_a_shorter_tower(clip,
 
 def test_another_padding_fills_up_after_the_end_and_leaves_the_vector(clip, folder):
     padded = Clip.load(folder, backend="nnx", pad="!")
-    end, mark = clip.config.text_config.eos_token_id, clip.tokenizer.get_vocab()["!"]
+    end, mark = clip.config.text_config.eos_token_id, clip.tokenizer.id("!")
     ids = padded.tokenize(CAPTIONS)
     assert np.count_nonzero(ids == end, axis=1).tolist() == [1, 1, 1]
     np.testing.assert_array_equal(np.where(ids == mark, end, ids), clip.tokenize(CAPTIONS))

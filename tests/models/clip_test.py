@@ -41,6 +41,11 @@ def folder(clip, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def fast(folder):
+    return transformers.CLIPTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
 def peer(folder):
     if not hasattr(transformers, "FlaxCLIPModel"):
         pytest.skip("transformers 5 has no Flax model; parity/ compares with PyTorch's")
@@ -67,7 +72,7 @@ def unit(vectors):
 
 
 def test_embeddings_equal_the_peers(clip, folder, peer):
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder)
     processor = transformers.CLIPImageProcessor.from_pretrained(folder)
     encoded = tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="np")
     pixels = processor(photos(), return_tensors="np")["pixel_values"]
@@ -171,26 +176,24 @@ def test_what_the_peer_saves_is_read(clip, folder, peer, tmp_path, safe):
 @given(text=st.text(max_size=80))
 def test_any_text_becomes_ids_between_start_and_end(clip, text):
     ids = clip.tokenize([text])[0]
-    vocabulary = clip.tokenizer.get_vocab()
+    vocabulary = clip.tokenizer.vocabulary
     assert ids.shape == (48,) and ids.max() < clip.config.text_config.vocab_size
     assert ids[0] == vocabulary["<|startoftext|>"] and ids[-1] == vocabulary["<|endoftext|>"]
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60))
-def test_the_vocabulary_means_the_same_to_the_fast_tokenizer(clip, folder, text):
-    fast = transformers.CLIPTokenizerFast.from_pretrained(folder)
+@given(text=st.text(max_size=60))
+def test_the_vocabulary_means_the_same_to_the_fast_tokenizer(clip, fast, text):
     expected = fast(text, padding="max_length", truncation=True, max_length=48)["input_ids"]
     assert clip.tokenize([text])[0].tolist() == expected
 
 
 def test_words_of_the_captions_are_tokens_and_unseen_words_survive(clip):
-    assert clip.tokenizer.tokenize("A  small shiny BLUE ball") == [
-        f"{word}</w>" for word in ("a", "small", "shiny", "blue", "ball")
-    ]
-    ids = clip.tokenize(["a zebra, naïve 猫"])[0]
-    text = clip.tokenizer.decode(ids, skip_special_tokens=True)
-    assert text.replace(" ", "") == "azebra,naïve猫"
+    core = clip.tokenizer.core
+    found = core.encode("A  small shiny BLUE ball", add_special_tokens=False).tokens
+    assert found == [f"{word}</w>" for word in ("a", "small", "shiny", "blue", "ball")]
+    text = core.decode(clip.tokenize(["a zebra, naïve 猫"])[0].tolist())
+    assert text.replace("</w>", "") == "azebra,naïve猫"
 
 
 def test_a_long_caption_is_cut_and_still_pooled_at_its_end(clip):
