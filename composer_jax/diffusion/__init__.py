@@ -16,7 +16,7 @@ from composer_jax.diffusion.solvers import (
     sample,
     solver_evaluations,
 )
-from composer_jax.diffusion.uses import Use, as_uses, two_sets, use
+from composer_jax.diffusion.uses import Use, as_uses, check_spans, two_sets, use
 
 __all__ = [
     "SOLVERS",
@@ -26,6 +26,7 @@ __all__ = [
     "as_uses",
     "bank",
     "build_plan",
+    "check_spans",
     "evaluation_times",
     "inversion_times",
     "invert",

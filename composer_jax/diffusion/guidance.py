@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from composer_jax.diffusion.process import is_number, one_of
-from composer_jax.diffusion.uses import Use, as_uses, span
+from composer_jax.diffusion.uses import Use, as_uses, progress, span, within
 
 BUCKETS = (1, 2, 4, 8, 16)
 SIGNS = (False, True)  # is a use negative: the order of what is given and what repels
@@ -103,6 +103,7 @@ def build_plan(
     spatial: Sequence[str] = (),
     probe: Sequence[str] = (),
     values: int = 1,
+    start: float = 1.0,
 ) -> Plan:
     """Makes the plan, on the host, in numpy; see the top of this file for what it computes.
 
@@ -113,7 +114,8 @@ def build_plan(
     regions need it, and with it weights always are [S, K, h, w], so that a region more or less
     never recompiles. `spatial`: those of `names` whose uses share a picture by `area`. `probe`:
     conditions that get a row of their own (their first positive use), of weight 0. `values`: J at
-    least.
+    least. `start`: the process time at which sampling begins; windows and `interval` are shares of
+    the time from there to 0.
 
     Rows: c's (row 0 where no uses share the picture), u's (row 1), then the scales'; equal rows are
     one; K is padded to one of BUCKETS with absent rows of weight 0, J likewise. Raises ValueError
@@ -125,21 +127,21 @@ def build_plan(
     for what, value in (("guidance", guidance), ("autoguidance", autoguidance)):
         if not is_number(value):
             raise ValueError(f"{what} is {value!r}; a number is wanted")
-    progress = np.round(1.0 - np.asarray(times, np.float64), 6)
-    inside = _active(span("interval", interval), progress)
+    done = progress(times, start)
+    inside = within(span("interval", interval), done)
 
     def limited(value):
         return np.where(inside, value, min(value, 1.0))[:, None, None]
 
     ways = {
-        name: [_alternatives(uses.get(name, ()), negative, progress, size) for negative in SIGNS]
+        name: [_alternatives(uses.get(name, ()), negative, done, size) for negative in SIGNS]
         for name in names
     }
     given, repelled = (
         [_together(ways[name][i], i + 1) if name in spatial else ways[name][i] for name in names]
         for i in range(2)
     )
-    nothing = [_alternatives((), False, progress, size)] * len(names)
+    nothing = [_alternatives((), False, done, size)] * len(names)
     scaled = [i for i, name in enumerate(names) if _has_scale(uses.get(name, ()))]
 
     w, push = limited(float(guidance)), limited(float(autoguidance)) - 1.0
@@ -147,7 +149,7 @@ def build_plan(
         sum(one.share * (w if one.scale is None else limited(one.scale)) for one in both[0])
         for both in (ways[names[i]] for i in scaled)
     ]
-    always = np.zeros((len(progress), 1, 1))
+    always = np.zeros((len(done), 1, 1))
     rows: dict[tuple[int, ...], np.ndarray] = {}  # by source: weight, guide and given, stacked
 
     def add(conditions, weight, guide=0.0, alone=0.0):
@@ -174,16 +176,15 @@ def build_plan(
     ]
     probed = [add(conditions, 0.0) for conditions in ([nothing, *alone] if probe else ())]
     acts = [
-        [one.strength * _active(one.window, progress) for one in uses.get(name, ())]
-        for name in names
+        [one.strength * within(one.window, done) for one in uses.get(name, ())] for name in names
     ]
     places = [i for i, name in enumerate(names) if name in spatial]
-    source, mixed = _stack(rows, (len(progress), len(names)), size or (1, 1))
+    source, mixed = _stack(rows, (len(done), len(names)), size or (1, 1))
     return Plan(
         source,
-        _strength(source, acts, places, len(progress)),
+        _strength(source, acts, places, len(done)),
         *mixed,
-        _area([(ways[names[i]], acts[i]) for i in places], bank(uses, values), len(progress), size),
+        _area([(ways[names[i]], acts[i]) for i in places], bank(uses, values), len(done), size),
         np.array([[*rows].index(row) for row in probed], np.int32),
     )
 
@@ -262,15 +263,15 @@ class _Alternative(NamedTuple):
     scale: float | None = None
 
 
-def _alternatives(uses, negative, progress, size) -> list[_Alternative]:
+def _alternatives(uses, negative, done, size) -> list[_Alternative]:
     """The ways a condition is given by its positive (or negative) uses; shares sum to 1."""
     chosen = {j: one for j, one in enumerate(uses, 1) if one.negative == negative}
-    ones = np.ones((len(progress), 1, 1))
+    ones = np.ones((len(done), 1, 1))
     if not chosen:
         return [_Alternative(0, ones)]
     if len(chosen) == 1 and all(one.region is None for one in chosen.values()):
         return [_Alternative(j, ones, one.scale) for j, one in chosen.items()]
-    active = {j: ones * _active(one.window, progress)[:, None, None] for j, one in chosen.items()}
+    active = {j: ones * within(one.window, done)[:, None, None] for j, one in chosen.items()}
     plain = [j for j, one in chosen.items() if one.region is None]
     share = {
         j: active[j] * _resized(one.region, size)[None]
@@ -309,12 +310,6 @@ def _combinations(conditions: Sequence[Sequence[_Alternative]]):
 
 def _has_scale(uses: Sequence[Use]) -> bool:
     return any(one.scale is not None for one in uses)
-
-
-def _active(span: tuple[float, float], progress: np.ndarray) -> np.ndarray:
-    """Where start <= progress < end; an end of 1 includes the end itself."""
-    start, end = span
-    return (progress >= start) & ((progress < end) | (end == 1.0))
 
 
 def _resized(region: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:

@@ -48,11 +48,12 @@ def use(
     """Says how a condition's value is used.
 
     `strength` in [0, 1]: how much of what it adds. `window`: (start, end) in [0, 1], the share of
-    sampling in which it acts: (0, 0.6) is the first 60 % of process time. `scale`: guidance of this
-    condition alone, from 0. `region`: [h, w] in [0, 1], or an image as `painted` reads it, white
-    where it acts; of any size, and where it has another shape than the picture its middle counts,
-    as of a photo. `negative`: what the picture is to move away from. Raises ValueError for a value
-    out of range.
+    sampling in which it acts: (0, 0.6) is the first 60 % of the process time that is run through,
+    wherever sampling begins (of the steps, on an even grid). `scale`: guidance of this condition
+    alone, from 0. `region`: [h, w] in [0, 1], or an image as `painted` reads it, white where it
+    acts; of any size, and where it has another shape than the picture its middle counts, as of a
+    photo. `negative`: what the picture is to move away from. Raises ValueError for a value out of
+    range.
     """
     return Use(value, strength, window, scale, region, negative)
 
@@ -93,6 +94,36 @@ def span(what: str, value) -> tuple[float, float]:
     if not 0.0 <= start < end <= 1.0:
         raise ValueError(f"{what} is ({start:g}, {end:g}); 0 <= start < end <= 1 is wanted")
     return start, end
+
+
+def progress(times: np.ndarray, start: float = 1.0) -> np.ndarray:
+    """The share of sampling that is done at process `times`, where it begins at `start`, from 0 to
+    1; what windows and intervals are compared with. float64 of the shape of `times`."""
+    return np.round(1.0 - np.asarray(times, np.float64) / start, 6)
+
+
+def within(span: tuple[float, float], progress: np.ndarray) -> np.ndarray:
+    """Where start <= progress < end; an end of 1 includes the end itself."""
+    start, end = span
+    return (progress >= start) & ((progress < end) | (end == 1.0))
+
+
+def check_spans(
+    uses: Mapping[str, Any], interval: tuple[float, float], times: np.ndarray, start: float = 1.0
+) -> None:
+    """Raises ValueError for a window or an interval that meets none of the evaluations at `times`:
+    what has it would do nothing."""
+    done = progress(times, start)
+    spans = [("interval", interval)]
+    spans += [(f"{name}: window", one.window) for name, ones in uses.items() for one in ones]
+    for what, span in spans:
+        if not within(span, done).any():
+            shares = [f"{share + 0.0:.3g}" for share in np.unique(done)]
+            made = ", ".join(shares if len(shares) < 5 else [*shares[:3], "...", shares[-1]])
+            raise ValueError(
+                f"{what} ({span[0]:g}, {span[1]:g}) meets no evaluation; sampling makes them at "
+                f"the shares {made}: widen it or take more steps"
+            )
 
 
 def _region(value) -> np.ndarray:

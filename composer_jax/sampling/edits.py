@@ -59,24 +59,28 @@ def interpolation(
     given=None,
     hold=(),
     hold_second=(),
-    vary=GLOBAL,
+    vary=None,
     count=7,
     seed=0,
     **options,
 ) -> np.ndarray:
     """`count` images on the way from one to another (3.2, Interpolations).
 
-    The factors `vary` move, embeddings on the sphere, histograms straight, and so does x_T, on the
-    sphere between the two that inversion gives under each image's own factors. `hold` and
-    `hold_second` name factors of the first and of the second image that stay. Where none stays,
-    the way begins and ends at the images themselves.
+    The factors `vary`, by default the global ones, move, embeddings on the sphere, histograms
+    straight, and so does x_T, on the sphere between the two that inversion gives under each image's
+    own factors. `hold` and `hold_second` name factors of the first and of the second image that
+    stay. Where none stays, the way begins and ends at the images themselves.
     """
     if count < 2:
         raise ValueError(f"count is {count}; a way has at least 2 images, its ends")
+    _check_apart(hold=hold, hold_second=hold_second, given=given or {}, vary=vary or ())
     a, b = _picture(pipe, first), _picture(pipe, second)
     stay = {n: a.factor(n) for n in hold} | {n: b.factor(n) for n in hold_second}
     stay = pipe.uses(stay | (given or {}))
     options = {"guidance": 1.0, "solver": SOLVER} | options
+    for name in vary or ():
+        a.factor(name), b.factor(name)  # what is asked for must be there
+    vary = GLOBAL if vary is None else vary
     own = [picture.factors([*vary, *stay]) for picture in (a, b)]
     ends = [_inverted(pipe, picture, c, options) for picture, c in zip((a, b), own, strict=True)]
     move = [n for n in vary if n not in stay and all(n in c for c in own)]
@@ -171,7 +175,9 @@ def image_to_image(
         raise ValueError(f"strength is {strength}; a number above 0, at most 1, is wanted")
     picture, given = _picture(pipe, image), pipe.uses(given or {})
     held = picture.held((), given, hold, vary)
-    return _sample(pipe, picture, held | given, image=picture.pixels, start=strength, **options)
+    if strength < 1.0:
+        options |= {"image": picture.pixels, "start": strength}
+    return _sample(pipe, picture, held | given, **options)
 
 
 def inpainting(pipe, image, region, *, given=None, hold=(), vary=(), **options) -> np.ndarray:
@@ -194,16 +200,32 @@ def composite(image, made, region, border: float = 0.0) -> np.ndarray:
     return np.rint(image + share * (made.astype(np.float32) - image)).astype(np.uint8)
 
 
+def _check_apart(**named) -> None:
+    """Raises ValueError for a factor that two options name."""
+    seen: dict[str, str] = {}
+    for option, names in named.items():
+        for name in names:
+            conditions.get(name)
+            if seen.setdefault(name, option) != option:
+                raise ValueError(f"{seen[name]} and {option} both name {name}; one can have it")
+
+
+def _check_border(region, border: float) -> None:
+    if not 0.0 <= border < float("inf"):
+        raise ValueError(f"border is {border}; pixels from 0 are wanted")
+    if border and region is None:
+        raise ValueError("border is for region, which is not given")
+
+
 def _picture(pipe: Pipeline, image: Any) -> Picture:
     return image if isinstance(image, Picture) else Picture(pipe, image)
 
 
 def _sample(pipe, picture, given, *, region=None, border=0.0, **options) -> np.ndarray:
     """Samples under `given`; within a region, if there is one."""
+    _check_border(region, border)
     if region is None:
         return pipe(given, **options)
-    if not 0.0 <= border < float("inf"):
-        raise ValueError(f"border is {border}; pixels from 0 are wanted")
     region = picture.region(region)
     options = {"image": picture.pixels} | options
     made = pipe(_masked(pipe, picture, region) | given, keep=1.0 - region, **options)
@@ -212,6 +234,9 @@ def _sample(pipe, picture, given, *, region=None, border=0.0, **options) -> np.n
 
 def _reconfigure(pipe, picture, held, given, *, count=1, eta=0.0, **options) -> np.ndarray:
     """From the x_T of the picture under its c1, samples under c2, in which `given` differs."""
+    _check_border(options.get("region"), options.get("border", 0.0))
+    if options.get("start", 1.0) != 1.0:
+        raise ValueError("start is 1 here: a reconfiguration begins from the noise it inverts to")
     if count > 1 and not eta:
         raise ValueError(f"count is {count}, but all would be the same; give eta above 0, too")
     options = {"guidance": GUIDANCE, "solver": SOLVER} | options
@@ -220,7 +245,8 @@ def _reconfigure(pipe, picture, held, given, *, count=1, eta=0.0, **options) -> 
     c1, c2 = held | picture.factors(given), held | given
     noise = np.repeat(_inverted(pipe, picture, c1, options), count, axis=0)
     options |= {"noise": noise, "count": count, "eta": eta}
-    return _sample(pipe, picture, two_sets(c1, c2), **options)
+    both = c2 if options["guidance"] == 1.0 else two_sets(c1, c2)  # 1 - w is 0
+    return _sample(pipe, picture, both, **options)
 
 
 def _inverted(pipe, picture, given, options) -> np.ndarray:

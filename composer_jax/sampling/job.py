@@ -18,7 +18,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from composer_jax import conditions
 from composer_jax.conditions import Value
 from composer_jax.conditions.image import fit_map
-from composer_jax.diffusion import Use, bank, build_plan, inversion, solvers, trimmed
+from composer_jax.diffusion import (
+    Use,
+    bank,
+    build_plan,
+    check_spans,
+    inversion,
+    solvers,
+    trimmed,
+)
 from composer_jax.diffusion.guidance import bucket
 from composer_jax.diffusion.process import Process
 from composer_jax.models.composer import ComposerConfig
@@ -102,6 +110,8 @@ def make_job(
     at = solvers.evaluation_times(times, options.solver)
     if way:
         at = inversion.inversion_times(times, options.solver, way)
+    else:
+        check_spans(uses, options.interval, at, times[0])
     plan = build_plan(
         uses,
         frame.config.conditions,
@@ -113,6 +123,7 @@ def make_job(
         spatial=frame.config.having("spatial"),
         probe=probe,
         values=values,
+        start=times[0],
     )
     plan = trimmed(plan, rows)
     guided = np.any(plan.guide != 0.0, axis=(0, 2, 3)).sum()

@@ -61,13 +61,23 @@ class Picture:
         return found
 
     def held(self, choice: Sequence[str], given, hold=None, vary=()) -> dict[str, Any]:
-        """What a task takes from this picture: `hold`, or what there is of its own `choice`."""
-        for name in vary:
+        """What a task takes from this picture: `hold`, or what there is of its own `choice`.
+
+        Raises ValueError where `hold` names what is given, and where `vary` names what would not be
+        held anyway.
+        """
+        for name in (*vary, *(hold or ())):
             conditions.get(name)
-        names = [n for n in (choice if hold is None else hold) if n not in vary and n not in given]
-        if hold is not None:
-            return {name: self.factor(name) for name in names}
-        found = self.factors(names)
+        if hold and vary:
+            raise ValueError("hold and vary are both given; hold alone says all that is held")
+        if both := [name for name in hold or () if name in given]:
+            raise ValueError(f"{both[0]} is given, so the image's own cannot be held")
+        if idle := [name for name in vary if name not in choice]:
+            held = f"holds {', '.join(choice)}" if choice else "holds nothing by itself"
+            raise ValueError(f"vary names {idle[0]}, which is not held: this task {held}")
+        if hold is not None and not vary:
+            return {name: self.factor(name) for name in hold}
+        found = self.factors([n for n in choice if n not in vary and n not in given])
         if choice and not found and not given:
             raise ValueError(
                 f"none of {', '.join(choice)} is left to hold; give one, or hold others"

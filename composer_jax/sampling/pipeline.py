@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,17 +18,17 @@ from composer_jax import conditions
 from composer_jax.conditions import Value
 from composer_jax.conditions.image import fit_photo, fit_region
 from composer_jax.diffusion import Use, as_uses, inversion
-from composer_jax.diffusion.process import Process, one_of
+from composer_jax.diffusion.process import Process
 from composer_jax.models.clip import Clip
 from composer_jax.sampling.compiled import Programs
 from composer_jax.sampling.job import Frame, Job, make_job, place
-from composer_jax.sampling.options import Options
+from composer_jax.sampling.options import EXTRAS, Options, check_extras, idle
 from composer_jax.sampling.program import Networks, program
 from composer_jax.storage.models import Model, load_model
 
+log = logging.getLogger("composer_jax")
+
 OUTSIDE = "lies outside the middle of the picture, which is all that the model sees of it"
-OUTPUTS = ("images", "latents")
-EXTRAS = ("image", "noise", "keep", "preview", "every", "output")
 
 
 class _Ready(Use):
@@ -61,6 +62,7 @@ class Pipeline:
         graph, state = nnx.split(_networks(model, guide))
         names, tree = list(_by_name(state)), jax.tree.structure(state)
         self._weights = place(_by_name(state))
+        self._told: set[str] = set()  # what does nothing is said once
         self._preview: list[Callable] = []  # who looks now, so that another one compiles nothing
 
         def merged(weights) -> Networks:
@@ -229,6 +231,10 @@ class Pipeline:
         folder = self._program.shipped if folder is None else folder
         return self._program.export(folder, job.kind, self._weights, inputs)
 
+    def check(self, uses: Mapping[str, Sequence[Use]], *, seed: int = 0, **options: Any) -> None:
+        """Raises ValueError for what sampling under `uses` would refuse; nothing is computed."""
+        self._job(uses, [{}], [(seed, 0)], options)
+
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Latents float32 [B, h, w, c] of images uint8 [B, H, W, 3] at the model's size."""
         images = np.asarray(images)
@@ -274,12 +280,17 @@ class Pipeline:
         return condition.fit(value, (self.size, self.size))
 
     def _job(self, uses, stored, seeds, options: Mapping[str, Any], **how: Any) -> Job:
-        """`make_job` of what a call says."""
-        extras = {name: options[name] for name in EXTRAS if options.get(name) is not None}
-        one_of("output", extras.setdefault("output", "images"), OUTPUTS)
-        options = self.defaults.but(**{k: v for k, v in options.items() if k not in EXTRAS})
+        """`make_job` of what a call says; tells, once, what of it does nothing."""
+        said = {name: value for name, value in options.items() if value is not None}
+        extras = {name: said.pop(name) for name in EXTRAS if name in said}
+        options = self.defaults.but(**said)
+        check_extras(options, extras, inversion="way" in how, probe="probe" in how)
         if options.autoguidance != 1.0 and self.guide is None:
             raise ValueError("autoguidance needs a second model, the pipeline's guide")
+        for line in idle(options, said, uses, "noise" in extras, seeds):
+            if line not in self._told:
+                self._told.add(line)
+                log.warning(line)
         image = extras.pop("image", None)
         if image is not None:
             image = np.asarray(image)

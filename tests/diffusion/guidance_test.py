@@ -15,6 +15,7 @@ from composer_jax.diffusion import (
     Use,
     as_uses,
     build_plan,
+    check_spans,
     evaluation_times,
     mix,
     rescale,
@@ -92,6 +93,60 @@ def test_windows_are_in_process_time():
     # An inversion starts at t = 0, the end of sampling.
     made = build_plan({"sketch": 0}, ("sketch",), TIMES[::-1] - 0.1)
     np.testing.assert_array_equal(made.strength[:, 0, 0], 1)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
+@pytest.mark.parametrize("start", [1.0, 0.8, 0.5, 0.07])
+def test_windows_are_shares_of_the_run_wherever_it_begins(solver, start):
+    """On an even grid the plan of a run from an image is that of a whole one, bit for bit."""
+    uses = {
+        "caption": [use(0, window=(0.0, 0.5)), use(1, window=(0.5, 1.0))],
+        "sketch": use(0, 0.7, window=(0.2, 0.7)),
+        "depth": use(0, scale=4.0),
+    }
+    options = dict(guidance=3.0, interval=(0.3, 0.8), spatial=("sketch", "depth"))
+    whole, part = (
+        build_plan(
+            uses,
+            NAMES,
+            evaluation_times(Process().times(10, start=at), solver),
+            start=at,
+            **options,
+        )
+        for at in (1.0, start)
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, part)
+
+
+def test_windows_are_in_process_time_on_uneven_grids():
+    times = Process().times(10, "karras", start=0.5)
+    made = build_plan({"sketch": use(0, window=(0.0, 0.5))}, ("sketch",), times[:-1], start=0.5)
+    np.testing.assert_array_equal(made.strength[:, 0, 0], times[:-1] > 0.25)
+    assert 0 < made.strength[:, 0, 0].sum() < 5
+
+
+@pytest.mark.parametrize(
+    ("uses", "interval", "message"),
+    [
+        (
+            {"sketch": use(0, window=(0.01, 0.09))},
+            (0, 1),
+            r"sketch: window \(0.01, 0.09\) meets no",
+        ),
+        ({"sketch": [use(0), use(1, window=(0.91, 1))]}, (0, 1), r"window \(0.91, 1\) meets no"),
+        (
+            {},
+            (0.41, 0.49),
+            r"interval \(0.41, 0.49\) meets no evaluation; .* 0, 0.1, 0.2, ..., 0.9",
+        ),
+    ],
+)
+def test_what_meets_no_evaluation_is_refused(uses, interval, message):
+    uses = {name: as_uses(value) for name, value in uses.items()}
+    for start in (1.0, 0.3):
+        with pytest.raises(ValueError, match=message):
+            check_spans(uses, interval, start * TIMES, start)
+        check_spans(uses, (0.4, 0.41), start * np.linspace(1, 0, 101), start)
 
 
 def test_a_negative_use_stands_in_the_second_row():

@@ -196,6 +196,17 @@ def test_a_region_drawn_on_a_photo_is_cropped_as_the_photo_is(pipe):
         ("style-transfer", {"strength": 1.5}, "strength is 1.5"),
         ("image-to-image", {"strength": 0.0}, "strength is 0.0"),
         ("interpolation", {"count": 1}, "at least 2"),
+        ("interpolation", {"hold": ("palette",), "vary": ("palette",)}, "hold and vary both name"),
+        ("interpolation", {"hold": ("palette",), "hold_second": ("palette",)}, "both name palette"),
+        ("interpolation", {"hold_second": ("palette",), "given": {"palette": RED}}, "given both"),
+        ("interpolation", {"vary": ("depth",)}, "a depth network"),
+        ("variation", {"vary": ("depth",)}, "vary names depth, which is not held: this task holds"),
+        ("image-to-image", {"vary": ("palette",)}, "this task holds nothing by itself"),
+        ("variation", {"hold": ("palette",), "vary": ("palette",)}, "hold and vary are both given"),
+        ("variation", {"hold": ("palette",), "given": {"palette": RED}}, "palette is given, so"),
+        ("variation", {"border": 2.0}, "border is for region"),
+        ("reconfiguration", {"border": 2.0}, "border is for region"),
+        ("reconfiguration", {"start": 0.5}, "start is 1 here"),
     ],
 )
 def test_mistakes_are_one_line(pipe, scenes, name, options, words):

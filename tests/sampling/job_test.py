@@ -1,5 +1,7 @@
 """What the sampler's program is given: microbatches, latents, the bank; no network runs."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -89,6 +91,24 @@ def test_latents_are_given_or_nothing():
     np.testing.assert_array_equal(own["known"], NOISE[:1].repeat(COUNT, axis=0))
     np.testing.assert_allclose(own["keep"][..., 0], np.tile([1.0, 1.0, 0.5, 0.0], (COUNT, SIDE, 1)))
     np.testing.assert_array_equal(kept(job(known=NOISE))[0]["known"], NOISE)
+
+
+def test_windows_and_intervals_are_shares_of_what_is_run():
+    """From an image, half-way, the first half of the evaluations is that of the 4 that are made."""
+    uses = {"palette": [use(None, window=(0.0, 0.5))]}
+    options = Options(steps=4, start=0.5, guidance=3.0, interval=(0.0, 0.25))
+    plans = {}
+    for name, some in (("whole", replace(options, start=1.0)), ("half", options)):
+        made = job(some, uses=uses, known=NOISE[:1])
+        plans[name] = jax.tree.map(np.asarray, next(made.inputs())[0]["plan"])
+    jax.tree.map(np.testing.assert_array_equal, plans["whole"], plans["half"])
+    np.testing.assert_array_equal(plans["half"]["strength"][:, 0, 0], [1, 1, 0, 0])
+    np.testing.assert_array_equal(plans["half"]["weight"][:, 0, 0, 0], [3, 1, 1, 1])
+    late = {"palette": [use(None, window=(0.8, 1.0))]}
+    with pytest.raises(ValueError, match=r"palette: window \(0.8, 1\) meets no evaluation"):
+        job(options, uses=late, known=NOISE[:1])
+    inverted = replace(options, solver="ddim")
+    job(inverted, uses=late, known=NOISE[:1], way="plain")  # which evaluates at the end
 
 
 @pytest.mark.parametrize(

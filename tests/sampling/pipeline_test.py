@@ -210,11 +210,59 @@ def test_regions_share_a_picture(pipe):
         ({}, {"noise": np.zeros((1, 2, 2, 4))}, "noise has shape"),
         ({}, {"noise": np.zeros((1, 64, 64, 4))}, "noise has shape"),
         ({}, {"batch": 0}, "batch"),
+        ({}, {"image": np.zeros((64, 64, 3), np.uint8)}, "image does nothing: start is 1"),
+        ({}, {"every": 2}, "every is for preview"),
+        ({}, {"every": 0, "preview": print}, "every is 0; a whole number from 1"),
+        ({}, {"every": True, "preview": print}, "every is True"),
+        ({}, {"interval": (0.6, 0.9)}, "interval .* meets no evaluation"),
+        ({"palette": cj.use(RED, window=(0.1, 0.2))}, {}, "palette: window .* meets no evaluation"),
     ],
 )
 def test_mistakes_are_named(pipe, given, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(given, **{"steps": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 0.5}, "an inversion takes no start"),
+        ({"eta": 0.5}, "an inversion takes no eta"),
+        ({"noise": np.zeros((1, 16, 16, 6))}, "an inversion takes no noise"),
+        ({"output": "images"}, "an inversion takes no output"),
+    ],
+)
+def test_an_inversion_names_what_it_does_not_take(pipe, scene, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.invert(scene[0][0], {}, steps=2, **options)
+
+
+def test_what_does_nothing_beside_the_rest_is_said_once(pipe, caplog):
+    """Whatever is checked by `check` is not computed."""
+    negative = {"palette": [cj.use(RED), cj.use(BLUE, negative=True)]}
+    noise = np.zeros((1, 16, 16, 6), np.float32)
+    pipe._told.clear()
+    for given, options, line in (
+        (negative, {"guidance": 1.0}, "the negative palette does nothing: guidance is 1"),
+        ({}, {"guidance": 1.0, "rescale": 0.7}, "rescale does nothing: guidance is 1"),
+        ({}, {"guidance": 0.5, "interval": (0, 0.7)}, "interval does nothing: no guidance is"),
+        ({}, {"noise": noise, "seed": 3}, "seed does nothing: the noise is given"),
+    ):
+        for fresh in (True, False):
+            caplog.clear()
+            pipe.check(pipe.uses(given), steps=2, **options)
+            assert [line in record.message for record in caplog.records] == [True] * fresh
+    for given, options in (
+        (negative, {}),
+        ({"palette": cj.use(RED, scale=2.0)}, {"guidance": 1.0, "rescale": 0.5}),
+        ({"palette": cj.use(RED, scale=2.0)}, {"guidance": 1.0, "interval": (0.0, 0.9)}),
+        ({}, {"guidance": 1.0, "rescale": 0.0, "interval": (0.0, 1.0)}),
+        ({}, {"noise": noise, "seed": 3, "eta": 0.5, "solver": "ddim"}),
+    ):
+        pipe._told.clear()
+        caplog.clear()
+        pipe.check(pipe.uses(given), steps=2, **options)
+        assert not caplog.records, given
 
 
 def test_half_precision(pipe, run):
