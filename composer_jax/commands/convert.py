@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from composer_jax.commands.unused import tell
 from composer_jax.models import layouts
 from composer_jax.models.clip import open_clip
 from composer_jax.models.dpt_files import is_dpt, open_dpt
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
     """
     source = find_source(args.source)
     kinds = [kind for kind in kinds_in(source) if args.only in (None, kind)]
+    if args.prediction and "unet" not in kinds:
+        tell("--prediction", "no UNet is converted")
     if args.to == "diffusers":
         outputs = _for_diffusers([open_network(source, kind) for kind in kinds], args.prediction)
     else:

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from composer_jax import conditions
+from composer_jax.commands.unused import tell_tools
 from composer_jax.conditions.decompose import decompose as take_apart
 from composer_jax.data.tools import load_tools
 from composer_jax.evaluation.pictures import labelled_sheet, save_png
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
     stems = [path.stem for path in images]
     if len(set(stems)) < len(stems):
         raise ValueError("two images have the same name; their results would share a folder")
+    names = conditions.names() if only is None else only
+    tell_tools(args, names, f"--only {args.only} does not take it")
     tools = load_tools(clip=args.clip, **named_tools(args))
     reasons: dict[str, str] = {}
     results = {

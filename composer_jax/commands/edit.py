@@ -16,6 +16,7 @@ from composer_jax.commands.sample import (
     read_region,
     sampling_options,
 )
+from composer_jax.commands.unused import tell, tell_tools
 from composer_jax.data.tools import load_tools
 from composer_jax.evaluation.pictures import grid, save_png
 from composer_jax.sampling.edits import TASKS, Task
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
     uses = pipe.uses(given)
     needed = {name: uses.pop(name) for name in task.needs if name in uses}
     made = task.function(pipe, *pictures, given=uses, **needed, **settings)
+    _tell_unused(args, pictures, known)
     said = {k: str(v) for k, v in values.items() if v is not None and k not in ("parser", "out")}
     series = Series(args.out, said | {"model": describe_model(pipe.model)})
     for i, image in enumerate(made):
@@ -103,6 +105,15 @@ def run(args: argparse.Namespace) -> None:
     shown = np.concatenate([np.stack([picture.pixels for picture in pictures]), made])
     save_png(args.out / "grid.png", grid(shown, min(len(shown), 8)))
     print(f"{args.task}: {len(made)} images in {args.out}, see grid.png")
+
+
+def _tell_unused(args: argparse.Namespace, pictures: list[Picture], known: dict[str, Any]) -> None:
+    """Says which of what is known of the image, and which tools, the task did not ask for."""
+    for name in known:
+        if name not in pictures[0].asked:
+            tell(f"--own.{name}", f"{args.task} did not ask for the image's {name}")
+    taken = set().union(*(picture.taken for picture in pictures))
+    tell_tools(args, taken, f"{args.task} took nothing from its images by it")
 
 
 def _settings(args: argparse.Namespace, task: Task) -> dict[str, Any]:

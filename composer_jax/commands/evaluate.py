@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from composer_jax import conditions
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
 from composer_jax.commands.sample import add_sampling_arguments, open_pipeline, sampling_options
+from composer_jax.commands.unused import tell, tell_tools
 from composer_jax.conditions.base import meant
 from composer_jax.data.prepare import available
 from composer_jax.data.sources import open_source
 from composer_jax.data.tools import load_tools
+from composer_jax.diffusion import Use
 from composer_jax.evaluation import experiments, page
 from composer_jax.evaluation.composition import Composition, compose, measurements
 from composer_jax.evaluation.control import (
@@ -86,6 +89,10 @@ def run(args: argparse.Namespace) -> None:
     wanted = _checked(args)
     options = sampling_options(args)
     pipe = open_pipeline(args)
+    _tell_unused(args, pipe, wanted)
+    if "windows" in wanted:
+        for span in experiments.WINDOWS.values():
+            pipe.check({pipe.names[0]: [Use(None, window=span)]}, **options)
     tools = pipe.tools(pipe.names) | load_tools(**named_tools(args))
     examples = _examples(args.source, args.source_seed, args.count, pipe, tools)
     world = args.source.partition(":")[0] == "scenes"
@@ -135,6 +142,15 @@ def _checked(args: argparse.Namespace) -> list[str]:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}; at least {least} is wanted")
     return wanted
+
+
+def _tell_unused(args: argparse.Namespace, pipe: Pipeline, wanted: Sequence[str]) -> None:
+    """Says which options change nothing of this evaluation."""
+    exact = {"depth", "segmenter"} if args.source.partition(":")[0] == "scenes" else set()
+    names = [name for name in pipe.names if conditions.get(name).tool not in exact]
+    tell_tools(args, names, "nothing here is taken or measured by it")
+    if "--few" in args.typed and not set(wanted) & set(experiments.FEW):
+        tell("--few", f"it is for the experiments {', '.join(experiments.FEW)}")
 
 
 def _settings(

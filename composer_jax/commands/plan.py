@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from composer_jax.commands.train import take_rest  # noqa: F401  (the command line's part)
+from composer_jax.commands.unused import tell, tell_keys
 from composer_jax.models.unet import REMAT
 from composer_jax.training.config import load_config
 from composer_jax.training.hardware import Chip, devices_of
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compiles, prints a table; nothing is run, no weights and no data are read."""
     config = load_config(args.config, args.overrides)
+    tell_keys(config, args.overrides, "plan")
     if config.task != "composer":
         raise ValueError(f"{args.config} trains a {config.task}; plans are made for composers")
     if args.batch not in ("", "auto") and not args.batch.isdecimal():
@@ -58,6 +60,9 @@ def run(args: argparse.Namespace) -> None:
     report = head | cost.to_dict(chip)
     report |= _run(report, args.images or config.steps * config.batch, args.price)
     print(table(report, chip))
+    if not report["hours"]:
+        for option in sorted({"--images", "--price"} & args.typed):
+            tell(option, "there is no estimate of a step's time")
     if larger:
         report["larger"] = larger
         print(f"batch {larger['batch']} {larger['says']}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from composer_jax.commands.train import take_rest  # noqa: F401 (the cli calls it)
+from composer_jax.commands.unused import tell, tell_keys
 from composer_jax.data import cache
 from composer_jax.data.extractors import Extractors, load_extractors
 from composer_jax.data.prepare import chunks
@@ -48,6 +49,10 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if "codec" not in config:
         raise ValueError(f"config {args.config} trains no composer; one that does is wanted")
+    tell_keys(config, args.overrides, "prepare")
+    drawn = args.source.startswith("scenes") or args.crop == "random" or args.flip
+    if "--seed" in args.typed and not drawn:
+        tell("--seed", "crops are of the centre, and nothing is mirrored")
     if args.shard_size < 1:
         raise ValueError(f"--shard-size {args.shard_size}: at least 1")
     index, count = share(os.environ)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from composer_jax import conditions
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
+from composer_jax.commands.unused import check_conditions, tell, tell_tools
 from composer_jax.conditions.decompose import decompose
 from composer_jax.data.tools import load_tools
 from composer_jax.diffusion import SOLVERS, Use, use
@@ -81,7 +82,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:
     """The model that those arguments name."""
-    return Pipeline.load(args.model, args.dtype, args.guide, args.size)
+    pipe = Pipeline.load(args.model, args.dtype, args.guide, args.size)
+    if args.guide and "autoguidance" in args:
+        weight = args.autoguidance
+        if (pipe.defaults.autoguidance if weight is None else weight) == 1.0:
+            tell("--guide", "--autoguidance is 1, none; give a weight")
+    return pipe
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -103,9 +109,16 @@ def run(args: argparse.Namespace) -> None:
     wanted = args.use.split(",") if args.use else []
     for name in wanted:
         conditions.get(name)
+    if args.previews is not None and args.previews < 1:
+        raise ValueError(f"--previews is {args.previews}; it must be at least 1")
+    check_conditions(args, wanted)
     options = sampling_options(args)
     pipe = open_pipeline(args)
     uses = pipe.uses(_given(args, pipe, wanted))
+    pipe.check(uses, seed=args.seed, **options)
+    measured = uses if args.report else ()
+    tell_tools(args, {*wanted, *measured}, "it takes nothing from an image here, for --use or "
+               "--report")  # fmt: skip
     series = Series(args.out, _call(args, pipe, uses, options))
     images = pipe.stream(
         uses,

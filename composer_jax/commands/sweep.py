@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from composer_jax.commands import train
 from composer_jax.commands.prepare import share
+from composer_jax.commands.unused import tell
 from composer_jax.evaluation.sweeps import FAILED, MEASURED, TRAINED, Table, results
 from composer_jax.models.files import read_json
 from composer_jax.training.config import load_config
@@ -51,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
     sweep = load_sweep(args.config, args.overrides)
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}; at least 1 is wanted")
+    if args.list and args.table:
+        raise ValueError("--list and --table are both given; one of them")
+    if "--jobs" in args.typed and (args.list or args.table):
+        tell("--jobs", "no run is started")
     index, count = share(os.environ)
     mine = [one for i, one in enumerate(sweep.runs) if i % count == index]
     if args.list:

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from composer_jax import conditions
+from composer_jax.commands.unused import tell_keys
 from composer_jax.diffusion import Use
 from composer_jax.evaluation.pictures import grid, save_png
 from composer_jax.training.cluster import gather, is_main, join, main_first, share
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     """Trains to the config's last step, from the newest checkpoint where there is one."""
     join()
     config = load_config(args.config, args.overrides)
+    if is_main():
+        tell_keys(config, args.overrides)
     existed = args.workdir.exists()
     try:
         train(config, args.workdir)

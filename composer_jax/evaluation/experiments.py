@@ -21,6 +21,7 @@ from composer_jax.utils.atomic import write_json
 CALL = "evaluation.json"
 PART = 64  # images a file
 EXPERIMENTS = ("alone", "pairs", "conflict", "strength", "windows", "quality")
+FEW = ("pairs", "conflict", "strength", "windows")  # those that are made of the first examples
 STRENGTHS = (0.25, 0.5, 0.75)  # 0 is the floor and 1 the condition alone
 WINDOWS = {"early": (0.0, 0.5), "late": (0.5, 1.0)}
 

@@ -24,7 +24,8 @@ class Picture:
     training takes them, each when first asked for.
 
     `known`: condition -> value that is known of the image, in place of what would be taken from it.
-    `tools`: as `decompose` takes them, beside those of the model.
+    `tools`: as `decompose` takes them, beside those of the model. `asked`: the factors that were
+    asked for; `taken`: those of them that were not known.
     """
 
     def __init__(
@@ -37,13 +38,17 @@ class Picture:
         self._pipe, self._tools = pipe, dict(tools or {})
         self._image = conditions.load_image(image)
         self._factors = {name: pipe.stored(name, value) for name, value in (known or {}).items()}
+        self.asked: set[str] = set()
+        self.taken: set[str] = set()
         self.pixels: np.ndarray = pipe.fit_image(self._image)  # uint8 [size, size, 3]
 
     def factor(self, name: str) -> Any:
         """One condition, stored; raises ValueError where the model or the image has none."""
         if name not in self._pipe.names:
             self._pipe.uses({name: None})  # says so
+        self.asked.add(name)
         if name not in self._factors:
+            self.taken.add(name)
             tools = self._pipe.tools([name]) | self._tools
             stored = decompose(self.pixels, only=(name,), tools=tools)[name]
             self._factors[name] = self._pipe.stored(name, stored)
@@ -95,7 +100,9 @@ class Picture:
         """What is in a region float [H, W] of the image, on a grey ground."""
         inside = fit_map(self._region(region), self._image.shape[:2], "nearest")[..., None]
         ground = np.uint8(GROUND)
-        return Picture(self._pipe, np.where(inside > 0.5, self._image, ground), tools=self._tools)
+        alone = Picture(self._pipe, np.where(inside > 0.5, self._image, ground), tools=self._tools)
+        alone.asked, alone.taken = self.asked, self.taken
+        return alone
 
     def _region(self, region: Any) -> np.ndarray:
         region = use(None, region=region).region  # checked
