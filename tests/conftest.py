@@ -150,6 +150,7 @@ def save_sd():
         from composer_jax.models import layouts
         from composer_jax.models.files import module_tensors, write_tensors
         from composer_jax.models.peers import to_peer
+        from composer_jax.models.schedulers import scheduler_to_diffusers
         from composer_jax.utils.atomic import write_json
 
         eps = {"prediction": "eps", "schedule": "sd", "zero_terminal_snr": False}
@@ -162,7 +163,7 @@ def save_sd():
             write_tensors(folder / name / "diffusion_pytorch_model.safetensors", tensors)
         (folder / "scheduler").mkdir()
         scheduler = folder / "scheduler" / "scheduler_config.json"
-        write_json(scheduler, layouts.process_to_diffusers(eps))
+        write_json(scheduler, scheduler_to_diffusers(eps))
         return folder
 
     return save

@@ -15,7 +15,7 @@ HOUSE = Path(composer_jax.__file__).parent
 ROOMS = {
     "diffusion": set(),
     "conditions": set(),
-    "models": {"conditions"},
+    "models": {"conditions", "diffusion"},
     "storage": {"models"},
     "data": {"conditions", "models", "storage"},
     "training": {"conditions", "models", "storage", "data", "diffusion", "configs"},

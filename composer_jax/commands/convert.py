@@ -15,12 +15,12 @@ from typing import Any
 from tqdm import tqdm
 
 from composer_jax.commands.unused import tell
-from composer_jax.models import layouts
 from composer_jax.models.clip import open_clip
 from composer_jax.models.dpt_files import is_dpt, open_dpt
 from composer_jax.models.files import FORMAT, Tensor, member, read_json, write_tensors
 from composer_jax.models.peers import to_peer
 from composer_jax.models.pretrained import (
+    ABOUT,
     DIFFUSERS,
     KINDS,
     SCHEDULER,
@@ -28,6 +28,11 @@ from composer_jax.models.pretrained import (
     find_source,
     kinds_in,
     open_network,
+)
+from composer_jax.models.schedulers import (
+    described,
+    scheduler_from_diffusers,
+    scheduler_to_diffusers,
 )
 from composer_jax.utils.atomic import check_writable, write_json
 from composer_jax.utils.owned import check_apart, check_replaceable, record, replaced_folder
@@ -55,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: as they are)")
     parser.add_argument(
         "--prediction",
-        choices=tuple(layouts.PREDICTIONS.values()),
-        help="what the UNet predicts, where the source does not say it",
+        choices=("eps", "v", "flow"),
+        help="what the UNet predicts, whatever the source says of it",
     )
 
 
@@ -69,10 +74,12 @@ def run(args: argparse.Namespace) -> None:
     kinds = [kind for kind in kinds_in(source) if args.only in (None, kind)]
     if args.prediction and "unet" not in kinds:
         tell("--prediction", "no UNet is converted")
+    networks = [open_network(source, kind, args.prediction) for kind in kinds]
+    _say(networks)
     if args.to == "diffusers":
-        outputs = _for_diffusers([open_network(source, kind) for kind in kinds], args.prediction)
+        outputs = [one for found in networks for one in _for_diffusers(found)]
     else:
-        outputs = [_ours(open_network(source, kind), args.prediction) for kind in kinds]
+        outputs = [_ours(found) for found in networks]
         outputs += [found] if not args.only and (found := _other(source)) else []
     if not outputs:
         raise ValueError(
@@ -92,37 +99,43 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {', '.join(output.folder for output in outputs)} in {args.out}")
 
 
-def _ours(found: Pretrained, prediction: str | None) -> Output:
+def _ours(found: Pretrained) -> Output:
     config = {"format": FORMAT, "kind": found.kind.name, **found.config.to_dict()}
     if found.kind.name == "unet":
-        config["process"] = _process(found, prediction)
+        config["process"] = found.process
+        config |= {key: value for key in ABOUT if (value := getattr(found, key))}
     return Output(found.kind.name, {"config.json": config}, "model.safetensors", found.tensors)
 
 
-def _for_diffusers(networks: list[Pretrained], prediction: str | None) -> list[Output]:
-    outputs = []
-    for found in networks:
-        texts = {"config.json": found.kind.to_diffusers(found.config)}
-        weights, tensors = f"{DIFFUSERS}.safetensors", to_peer(found.tensors)
-        outputs.append(Output(found.kind.name, texts, weights, tensors))
-        if found.kind.name == "unet" and (process := _process(found, prediction)):
-            scheduler = {Path(SCHEDULER).name: layouts.process_to_diffusers(process)}
-            outputs.append(Output("scheduler", scheduler, "", {}))
+def _for_diffusers(found: Pretrained) -> list[Output]:
+    texts = {"config.json": found.kind.to_diffusers(found.config)}
+    weights, tensors = f"{DIFFUSERS}.safetensors", to_peer(found.tensors)
+    outputs = [Output(found.kind.name, texts, weights, tensors)]
+    if found.process:
+        scheduler = {Path(SCHEDULER).name: _scheduler(found)}
+        outputs.append(Output("scheduler", scheduler, "", {}))
     return outputs
 
 
-def _process(found: Pretrained, prediction: str | None) -> dict:
-    """What the UNet predicts, {} where neither the source nor the user says it."""
-    known = dict(found.process)
-    if known and prediction not in (None, known["prediction"]):
-        raise ValueError(
-            f"--prediction is {prediction}; {found.where} was trained for {known['prediction']}"
-        )
-    if not known and prediction is None:
-        print(f"{found.where} does not say what its UNet predicts; --prediction eps or v would (of "
-              "Stable Diffusion 2, the 512 px base predicts eps, the 768 px model v)")  # fmt: skip
-        return {}
-    return known or {"prediction": prediction, "schedule": "sd", "zero_terminal_snr": False}
+def _scheduler(found: Pretrained) -> dict:
+    """The scheduler's config that a UNet came with, or one that says what is known of it."""
+    about = dict(found.process), dict(found.sampler)
+    if found.scheduler and scheduler_from_diffusers(found.scheduler) == about:
+        return dict(found.scheduler)
+    return scheduler_to_diffusers(*about)
+
+
+def _say(networks: Sequence[Pretrained]) -> None:
+    """Says what the UNet predicts and how it is sampled, or that the source does not."""
+    for found in networks:
+        if found.kind.name == "unet" and not found.process:
+            print(
+                f"{found.where} does not say what its UNet predicts; --prediction eps or v would "
+                "(of Stable Diffusion 2, the 512 px base predicts eps, the 768 px model v)"
+            )
+        elif found.kind.name == "unet":
+            assumed = f" ({found.assumed})" if found.assumed else ""
+            print(f"unet {described(found.process, found.sampler)}{assumed}")
 
 
 def _other(source: Path) -> Output | None:

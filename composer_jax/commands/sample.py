@@ -17,7 +17,7 @@ from composer_jax.commands.unused import check_conditions, tell, tell_tools
 from composer_jax.conditions.decompose import decompose
 from composer_jax.data.tools import load_tools
 from composer_jax.diffusion import SOLVERS, Use, use
-from composer_jax.diffusion.process import SPACINGS
+from composer_jax.diffusion.grids import FINALS, SPACINGS
 from composer_jax.evaluation.obedience import APART, obedience, pairs
 from composer_jax.evaluation.pictures import grid, labelled_sheet, save_png
 from composer_jax.evaluation.report import Report
@@ -74,6 +74,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add_program_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i depends on seed and i alone")
     parser.add_argument("--spacing", choices=SPACINGS, help="of the grid of times")
+    parser.add_argument("--steps-offset", type=int, help="of leading spacing: its last step")
+    parser.add_argument("--final", choices=FINALS, help="noise that the grid ends at")
+    parser.add_argument(
+        "--shift", type=float, help="of the flow schedule's times, above 1 to noise"
+    )
     parser.add_argument("--guidance", type=float, help="guidance weight, 1 for none")
     parser.add_argument("--interval", type=_span, metavar="START:END", help="where guidance acts")
     parser.add_argument("--rescale", type=float, help="guidance's contrast taken back, 0 to 1")

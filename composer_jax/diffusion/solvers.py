@@ -9,9 +9,10 @@ iteration is one model evaluation; how many there are compiles, everything else 
     heun      euler's step, then the mean of both slopes               (arXiv 2206.00364, alg. 1)
     dpmpp2m   two steps' x0 extrapolated in log(alpha/sigma)           (arXiv 2211.01095, alg. 2)
     unipc     dpmpp2m, a step corrected by the evaluation after it     (arXiv 2302.04867, UniPC-2)
+    plms      ddim's step of outputs extrapolated over four steps      (arXiv 2202.09778, table 1)
 
-All but ddim go by sigma/alpha, which zero terminal SNR has no value for at t = 1; there they take
-4096, as diffusers' schedulers do. (On the flow schedule their formulas have limits.)
+All but ddim and plms go by sigma/alpha, which zero terminal SNR has no value for at t = 1; there
+they take 4096, as diffusers' schedulers do. (On the flow schedule their formulas have limits.)
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from composer_jax.diffusion.process import NEARLY_NONE, Process, is_number, one_of
+from composer_jax.diffusion.process import NEARLY_NONE, TIMESTEPS, Process, is_number, one_of
 
-SOLVERS = ("ddim", "euler", "heun", "dpmpp2m", "unipc")
+SOLVERS = ("ddim", "euler", "heun", "dpmpp2m", "unipc", "plms")
 TINY = 1e-30
+FEW = 15  # steps under which dpmpp2m ends in a step of first order
+ADAMS = np.array(  # plms: weights of an output and the three before it, by evaluation
+    [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]],
+    np.float32,
+) / np.float32(24)  # fmt: skip
 
 Evaluate = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -37,7 +43,8 @@ class Step(NamedTuple):
     """What one evaluation knows: its index, its process time `at`, and alpha and sigma around it.
 
     It is made at `here`, for the step from `start` to `end`; the one before started at `before`
-    (the first: `start`). `second`: it is Heun's second look.
+    (the first: `start`). `second`: it is the second look of a step, Heun's or plms' first.
+    `lower`: the step is the last of a grid that ends at the schedule's least noise.
     """
 
     index: jax.Array
@@ -47,11 +54,15 @@ class Step(NamedTuple):
     end: tuple[jax.Array, jax.Array]
     before: tuple[jax.Array, jax.Array]
     second: jax.Array
+    lower: jax.Array
 
 
 def solver_evaluations(solver: str, steps: int) -> int:
-    """Model evaluations S in so many steps: 2 steps - 1 for heun, else one a step."""
+    """Model evaluations S in so many steps: 2 steps - 1 for heun, one more than steps (from 2) for
+    plms, else one a step."""
     one_of("solver", solver, SOLVERS)
+    if solver == "plms":
+        return steps + (steps > 1)
     return 2 * steps - 1 if solver == "heun" else steps
 
 
@@ -106,6 +117,8 @@ def begin(x: jax.Array, solver: str) -> tuple[jax.Array, Any]:
     """What a solver carries from evaluation to evaluation, before the first: (x, memory)."""
     x = jnp.asarray(x, jnp.float32)
     zero = jnp.zeros_like(x)
+    if solver == "plms":
+        return x, (zero,) * 4
     return x, _History(zero, zero, zero, jnp.float32(0.0), False) if solver == "unipc" else zero
 
 
@@ -116,7 +129,8 @@ def stepper(evaluate, times, process, solver, noise=None, has_aux=False) -> tupl
     update = {
         "ddim": partial(_ddim, noise=noise),
         "euler": partial(_ddim, noise=None),
-        "heun": partial(_heun, straight=process.schedule == "flow"),
+        "heun": partial(_heun, process=process),
+        "plms": partial(_plms, process=process),
         "dpmpp2m": _dpmpp2m,
         "unipc": _unipc,
     }[solver]
@@ -126,10 +140,14 @@ def stepper(evaluate, times, process, solver, noise=None, has_aux=False) -> tupl
         output, aux = evaluate(x, step.at, step.index), None
         if has_aux:
             output, aux = output
-        x0, eps = process.implied(output.astype(jnp.float32), x, *step.here)
+        output = output.astype(jnp.float32)
+        if solver == "plms":
+            return update(step, x, output, memory), aux
+        x0, eps = process.implied(output, x, *step.here)
         return update(step, x, x0, eps, memory), aux
 
-    number, second = _steps(solver, len(times) - 1)
+    count = len(times) - 1
+    number, second = _steps(solver, count)
     alpha, sigma = levels(process, times, solver)
     here, start, end, before = (
         (alpha[i], sigma[i])
@@ -137,19 +155,23 @@ def stepper(evaluate, times, process, solver, noise=None, has_aux=False) -> tupl
     )
     index = jnp.arange(len(number), dtype=jnp.int32)
     at, second = times[number + second], jnp.asarray(second == 1)
-    return advance, Step(index, at, here, start, end, before, second)
+    last = (number == count - 1) & (solver == "unipc" or count < FEW)
+    lower = jnp.asarray(last) & (times[-1] < 1.5 / TIMESTEPS)
+    return advance, Step(index, at, here, start, end, before, second, lower)
 
 
 def levels(process: Process, times: jax.Array, solver: str) -> tuple[jax.Array, jax.Array]:
     """alpha and sigma at `times`, as the solver takes them."""
     alpha, sigma = process.alpha_sigma(times)
-    exact = solver == "ddim" or process.schedule == "flow"
+    exact = solver in ("ddim", "plms") or not process.zero_terminal_snr
     return (alpha if exact else jnp.maximum(alpha, NEARLY_NONE)), sigma
 
 
 def _steps(solver: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each evaluation: its step's number, and whether it is the second in it (0 or 1)."""
     index = np.arange(solver_evaluations(solver, steps))
+    if solver == "plms":
+        return np.maximum(index - 1, 0), (index == 1).astype(int)
     return (index // 2, index % 2) if solver == "heun" else (index, 0 * index)
 
 
@@ -173,22 +195,37 @@ def _normal(key: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), x.shape[1:]))(key)
 
 
-def _heun(step, x, x0, eps, memory, *, straight):
+def _heun(step, x, x0, eps, memory, *, process):
     """`memory`: the first slope. The second look adds half the change of slope to Euler's step.
 
-    The slope is dx/dt = eps - x0 on the flow schedule (`straight`), else d(x/alpha) by
-    d(sigma/alpha) = eps. Out of (nearly) alpha = 0 the latter is infinitely long, and Euler's step
-    stands.
+    The slope is dx/dt = eps - x0 on the flow schedule, else d(x/alpha) by d(sigma/alpha) = eps. Out
+    of zero terminal SNR's alpha = 0 the latter is infinitely long, and Euler's step stands.
     """
     (alpha_start, sigma_start), (alpha, sigma) = step.start, step.end
-    if straight:
+    if process.schedule == "flow":
         slope, length = eps - x0, sigma - sigma_start
     else:
-        finite = alpha_start > 1e-3
+        finite = alpha_start > (1e-3 if process.zero_terminal_snr else 0.0)
         ratio = sigma_start / jnp.where(finite, alpha_start, 1.0)
         slope, length = eps, jnp.where(finite, sigma - alpha * ratio, 0.0)
     first = alpha * x0 + sigma * eps
     return jnp.where(step.second, x + 0.5 * length * (slope - memory), first), slope
+
+
+def _plms(step, x, output, memory, *, process):
+    """`memory`: x where the first step started, and the outputs of the three steps before.
+
+    The first step is made again when its end was looked at, with the mean of both outputs.
+    """
+    first, *before = memory
+    weights = jnp.asarray(ADAMS)[jnp.minimum(step.index, len(ADAMS) - 1)]
+    mixed = sum(weight * one for weight, one in zip(weights, (output, *before), strict=True))
+    from_x = jnp.where(step.second, first, x)
+    x0, eps = process.implied(mixed, from_x, *step.start)
+    newer = (output, *before[:-1])
+    known = [jnp.where(step.second, *pair) for pair in zip(before, newer, strict=True)]
+    first = jnp.where(step.index == 0, x, first)
+    return step.end[0] * x0 + step.end[1] * eps, (first, *known)
 
 
 def _dpmpp2m(step, x, x0, eps, memory):
@@ -200,11 +237,11 @@ def _dpmpp2m(step, x, x0, eps, memory):
 def _extrapolated(step: Step, x, x0, x0_before) -> jax.Array:
     """A step with x0 extrapolated from the step before, in log(alpha/sigma).
 
-    First order (ddim's step) in the first step, in the one after alpha = 0, and to sigma = 0, where
-    log(alpha/sigma) has no finite step.
+    First order (ddim's step) in the first step, in the one after alpha = 0, to sigma = 0, where
+    log(alpha/sigma) has no finite step, and where the step says so.
     """
     h, h_before = _log_step(step.start, step.end), _log_step(step.before, step.start)
-    second = _has_before(step) & (step.end[1] > 0.0)
+    second = _has_before(step) & (step.end[1] > 0.0) & ~step.lower
     gain = jnp.where(second, 0.5 * h / jnp.where(second, h_before, 1.0), 0.0)
     ratio, share = _exponential(step.start, step.end)
     return ratio * x + share * (x0 + gain * (x0 - x0_before))

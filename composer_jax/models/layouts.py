@@ -35,15 +35,7 @@ UNET_FIXED = {
     "transformer_layers_per_block": 1,
 }
 VAE_FIXED = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
-SCHEDULER_FIXED = {
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
-    "trained_betas": None,
-}
 UNET_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 
 
 def unet_from_diffusers(values: Mapping) -> UNetConfig:
@@ -149,48 +141,6 @@ def new_name(name: str) -> str:
     return re.sub(
         r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)", lambda found: old[found[0]], name
     )
-
-
-def process_from_diffusers(values: Mapping) -> dict:
-    """Prediction and schedule of a scheduler's config, as `Process.to_dict` has them."""
-    for key, allowed in SCHEDULER_FIXED.items():
-        if values.get(key, allowed) != allowed:
-            raise ValueError(f"scheduler: {key} is {values[key]!r}; only {allowed!r} is known")
-    prediction = values.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise ValueError(
-            f"scheduler: prediction_type {prediction!r}; allowed: {', '.join(PREDICTIONS)}"
-        )
-    zero = bool(values.get("rescale_betas_zero_snr", False))
-    return {
-        "prediction": PREDICTIONS[prediction],
-        "schedule": "sd",
-        "zero_terminal_snr": zero,
-    }
-
-
-def process_to_diffusers(process: Mapping) -> dict:
-    """A scheduler's config for a process: DDIM with SD's schedule, or flow matching."""
-    if process["schedule"] == "flow":
-        return {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "shift": 1.0,
-        }
-    predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    if process["prediction"] not in predictions:
-        raise ValueError(f"diffusers has no {process['prediction']} with Stable Diffusion's steps")
-    zero = process["zero_terminal_snr"]
-    return {
-        "_class_name": "DDIMScheduler",
-        **SCHEDULER_FIXED,
-        "prediction_type": predictions[process["prediction"]],
-        "rescale_betas_zero_snr": zero,
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "timestep_spacing": "trailing" if zero else "leading",
-    }
 
 
 def _only(values: Mapping, name: str, fixed: Mapping, ours: type, free: set[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from composer_jax.diffusion.process import Process
 from composer_jax.models import layouts
 from composer_jax.models.files import (
     FORMAT,
@@ -32,11 +33,13 @@ from composer_jax.models.files import (
 from composer_jax.models.hub import find_folder
 from composer_jax.models.initializers import abstract
 from composer_jax.models.peers import Rules, from_peer
+from composer_jax.models.schedulers import scheduler_from_diffusers, trained_for, with_prediction
 from composer_jax.models.unet import UNet, UNetConfig
 from composer_jax.models.vae import VAE, VAEConfig
 
 DIFFUSERS = "diffusion_pytorch_model"  # what diffusers calls its weights
 SCHEDULER = "scheduler/scheduler_config.json"
+ABOUT = ("process", "sampler", "scheduler")  # what our files say of a UNet, beside its config
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,10 @@ KINDS = {
 class Pretrained:
     """A network on disk: its config, and its tensors under our names and in our axes, unread.
 
-    `where` names the file in messages; `process` is what a UNet predicts, as `Process.to_dict` has
-    it, {} where the source does not say.
+    `where` names the file in messages. Of a UNet `process` is what it predicts, as
+    `Process.to_dict` has it, {} where the source does not say, and `assumed` a line where that is
+    not the source's own word; `sampler` is how its authors sample it, fields of `Options`, and
+    `scheduler` the config of diffusers that both were read from.
     """
 
     kind: Kind
@@ -76,6 +81,9 @@ class Pretrained:
     tensors: Mapping[str, Tensor]
     where: str
     process: Mapping[str, Any]
+    assumed: str = ""
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self, dtype=jnp.float32) -> nnx.Module:
         """The network, held and computing in `dtype`; raises ValueError for broken numbers."""
@@ -94,11 +102,26 @@ def open_vae(source) -> Pretrained:
     return open_network(source, "vae")
 
 
-def open_network(source, name: str) -> Pretrained:
-    """The network of a source that `name`, one of KINDS, says; raises ValueError as `open_unet`."""
-    kind = KINDS[name]
+def open_network(source, name: str, prediction: str | None = None) -> Pretrained:
+    """The network of a source that `name`, one of KINDS, says; raises ValueError as `open_unet`.
+
+    `prediction`: what a UNet predicts, eps, v or flow, whatever the source says of it.
+    """
+    found = _opened(source, KINDS[name], prediction)
+    if prediction is None or name != "unet":
+        return found
+    process = with_prediction(found.process, prediction)
+    if found.process.get("prediction") == prediction:
+        return replace(found, process=process, assumed="")
+    sampler = found.sampler if process["schedule"] == found.process.get("schedule") else {}
+    said = found.process.get("prediction") if not found.assumed else None
+    assumed = f"as asked; {found.where} says {said}" if said else ""
+    return replace(found, process=process, assumed=assumed, sampler=sampler, scheduler={})
+
+
+def _opened(source, kind: Kind, prediction: str | None) -> Pretrained:
     if Path(source).is_file():
-        return _compvis(Path(source), kind)
+        return _compvis(Path(source), kind, prediction)
 
     def missing(folder: Path) -> str:
         return "" if _place(folder, kind) else f"{kind.name}/config.json"
@@ -108,7 +131,9 @@ def open_network(source, name: str) -> Pretrained:
     place = _place(root, kind)
     values = read_json(member(root, place))
     try:
-        return (_ours if "format" in values else _diffusers)(root, place, values, kind)
+        if "format" in values:
+            return _ours(root, place, values, kind)
+        return _diffusers(root, place, values, kind, prediction)
     except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # of a wrong value
         raise ValueError(f"{root / place} is broken: {error!r}") from error
 
@@ -134,20 +159,36 @@ def kinds_in(source: Path) -> list[str]:
     return [name for name, kind in KINDS.items() if _place(source, kind)]
 
 
-def _diffusers(root: Path, place: str, values: dict, kind: Kind) -> Pretrained:
+def _diffusers(root: Path, place: str, values: dict, kind: Kind, prediction) -> Pretrained:
     try:
-        config, process = kind.from_diffusers(values), {}
+        config, about = kind.from_diffusers(values), {"process": {}}
     except ValueError as error:
         raise ValueError(f"{root / place}: {error}") from error
     if kind.name == "unet" and (root / SCHEDULER).is_file():
-        process = layouts.process_from_diffusers(read_json(member(root, SCHEDULER)))
+        about = _scheduler(root, prediction)
     path = find_weights(root, str(Path(place).parent / DIFFUSERS))
     tensors = {layouts.new_name(name): t for name, t in open_tensors(path, root).items()}
-    return _translated(kind, config, tensors, path, process, ())
+    return _translated(kind, config, tensors, path, about, ())
 
 
-def _compvis(path: Path, kind: Kind) -> Pretrained:
-    tensors = open_tensors(path)
+def _scheduler(root: Path, prediction: str | None) -> dict:
+    """What a diffusers directory says of process and sampler; with `prediction` given, a scheduler
+    that we do not know is left out."""
+    values = read_json(member(root, SCHEDULER))
+    try:
+        process, sampler = scheduler_from_diffusers(values)
+    except ValueError as error:
+        if prediction is None:
+            raise ValueError(
+                f"{root / SCHEDULER}: {error}; to take the UNet without it, say what the UNet "
+                "predicts: composer convert --prediction eps (or v, flow)"
+            ) from error
+        return {"process": trained_for(values)}
+    return {"process": process, "sampler": sampler, "scheduler": values}
+
+
+def _compvis(path: Path, kind: Kind, prediction: str | None) -> Pretrained:
+    tensors = every = open_tensors(path)
     prefix = layouts.COMPVIS_PREFIX[kind.name]
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if not tensors:
@@ -156,16 +197,35 @@ def _compvis(path: Path, kind: Kind) -> Pretrained:
         config, rules = kind.from_compvis(tensors)
     except (ValueError, IndexError) as error:
         raise ValueError(f"{path}: {error}") from error
-    process = {}  # of a UNet with linear layers, Stable Diffusion 2's, there are both kinds
-    if kind.name == "unet" and not config.use_linear_projection:
-        process = layouts.process_from_diffusers({})
-    return _translated(kind, config, tensors, path, process, rules, layouts.COMPVIS_LOSS)
+    about = {"process": {}}
+    if kind.name == "unet":
+        about = _marked(path, every, config.use_linear_projection, prediction)
+    return _translated(kind, config, tensors, path, about, rules, layouts.COMPVIS_LOSS)
 
 
-def _translated(kind: Kind, config, tensors, path: Path, process, rules, ignore="") -> Pretrained:
+def _marked(path: Path, tensors: Mapping, linear: bool, prediction: str | None) -> dict:
+    """What a single file says of its UNet's process: by tensors that are marks, or by its kind.
+
+    UNets with linear layers, Stable Diffusion 2's, there are of both kinds.
+    """
+    zero = "ztsnr" in tensors
+    if zero and "v_pred" not in tensors and prediction is None:
+        raise ValueError(
+            f"{path} is marked ztsnr but not v_pred, and eps cannot start from pure noise; "
+            "composer convert --prediction v reads it"
+        )
+    if zero or "v_pred" in tensors:
+        return {"process": {**with_prediction({}, "v"), "zero_terminal_snr": zero}}
+    if linear:
+        return {"process": {}}
+    assumed = "eps is assumed, as Stable Diffusion 1 predicts it; --prediction overrules"
+    return {"process": with_prediction({}, "eps"), "assumed": assumed}
+
+
+def _translated(kind: Kind, config, tensors, path: Path, about, rules, ignore="") -> Pretrained:
     wanted = module_tensors(_abstract(kind, config))
     ours = from_peer(wanted, tensors, str(path), rules, ignore)
-    return Pretrained(kind, config, ours, str(path), process)
+    return Pretrained(kind, config, ours, str(path), **about)
 
 
 def _ours(root: Path, place: str, values: dict, kind: Kind) -> Pretrained:
@@ -180,13 +240,15 @@ def _ours(root: Path, place: str, values: dict, kind: Kind) -> Pretrained:
             if name.startswith("unet.")
         }
     else:
-        known = {k: v for k, v in values.items() if k not in ("format", "kind", "process")}
+        known = {k: v for k, v in values.items() if k not in ("format", "kind", *ABOUT)}
         config = kind.config.from_dict(known)
         path = find_weights(root, str(Path(place).parent / "model"))
         tensors = open_tensors(path, root)
     wanted = module_tensors(_abstract(kind, config))
     compare({name: t.shape for name, t in wanted.items()}, tensors, str(path))
-    return Pretrained(kind, config, tensors, str(path), dict(values.get("process", {})))
+    about = {"process": {}} | {key: dict(values[key]) for key in ABOUT if key in values}
+    Process.from_dict(about["process"])  # what is no process is said here
+    return Pretrained(kind, config, tensors, str(path), **about)
 
 
 def _abstract(kind: Kind, config, dtype=jnp.float32) -> nnx.Module:

@@ -36,6 +36,7 @@ from composer_jax.conditions import Value
 from composer_jax.conditions.base import slerp
 from composer_jax.diffusion import Use, two_sets, use
 from composer_jax.diffusion.inversion import SOLVER
+from composer_jax.sampling.options import GRID
 from composer_jax.sampling.picture import Picture
 from composer_jax.sampling.pipeline import Pipeline
 
@@ -251,7 +252,7 @@ def _reconfigure(pipe, picture, held, given, *, count=1, eta=0.0, **options) -> 
 
 def _inverted(pipe, picture, given, options) -> np.ndarray:
     """x_T float32 [1, h, w, c] that a picture is made of under its factors."""
-    way = {name: options[name] for name in ("solver", "steps", "spacing") if name in options}
+    way = {name: options[name] for name in (*GRID, "solver", "steps") if name in options}
     return pipe.invert(picture.pixels, given, batch=1, **way)
 
 

@@ -30,7 +30,7 @@ from composer_jax.diffusion import (
 from composer_jax.diffusion.guidance import bucket
 from composer_jax.diffusion.process import Process
 from composer_jax.models.composer import ComposerConfig
-from composer_jax.sampling.options import Options
+from composer_jax.sampling.options import GRID, Options
 from composer_jax.sampling.program import Kind
 
 POSITIONS = 1024  # pixels of latents that a microbatch has, if it may be more than one image
@@ -106,7 +106,8 @@ def make_job(
     """
     if (options.start < 1.0 or keep is not None or way) and known is None:
         raise ValueError("start below 1, keep and inversion need an image")
-    times = frame.process.times(options.steps, options.spacing, options.start)
+    grid = {name: getattr(options, name) for name in (*GRID, "solver")}
+    times = frame.process.times(options.steps, start=options.start, **grid)
     at = solvers.evaluation_times(times, options.solver)
     if way:
         at = inversion.inversion_times(times, options.solver, way)

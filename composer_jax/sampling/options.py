@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from composer_jax.diffusion import Use
+from composer_jax.diffusion.grids import FINALS, SPACINGS
 from composer_jax.diffusion.process import is_number, one_of
 from composer_jax.diffusion.solvers import SOLVERS
 
+GRID = ("spacing", "steps_offset", "final", "shift")  # fields that `Process.times` takes
 OUTPUTS = ("images", "latents")
 EXTRAS = ("image", "noise", "keep", "preview", "every", "output")  # of a call, beside `Options`
 
@@ -20,19 +22,23 @@ EXTRAS = ("image", "noise", "keep", "preview", "every", "output")  # of a call, 
 class Options:
     """How to sample.
 
-    `steps`, `solver`, `spacing` of the grid ("uniform", "trailing", "karras"). `guidance`:
-    classifier-free guidance weight, 1 for none, in effect inside `interval`, a share of sampling as
-    the window of a `use` is. `eta`: noise of solver "ddim", 0 to 1. `rescale`: share of guidance's
-    contrast that is taken back, 0 to 1. `autoguidance`: weight against the pipeline's `guide`, 1
-    for none. `start`: process time that sampling begins at, below 1 from an image diffused so far.
-    `batch`: images at a time, by default as many as fill a machine; it changes an image in its last
-    bits.
+    `steps`, `solver`, and the grid as `Process.times` has it: `spacing`, `steps_offset` (of
+    "leading" spacing), `final` noise ("zero" or "sigma_min"), `shift` (of the flow schedule).
+    `guidance`: classifier-free guidance weight, 1 for none, in effect inside `interval`, a share of
+    sampling as the window of a `use` is. `eta`: noise of solver "ddim", 0 to 1. `rescale`: share of
+    guidance's contrast that is taken back, 0 to 1. `autoguidance`: weight against the pipeline's
+    `guide`, 1 for none. `start`: process time that sampling begins at, below 1 from an image
+    diffused so far. `batch`: images at a time, by default as many as fill a machine; it changes an
+    image in its last bits.
     """
 
     steps: int = 20
     guidance: float = 3.0
     solver: str = "dpmpp2m"
     spacing: str = "uniform"
+    steps_offset: int = 0
+    final: str = "zero"
+    shift: float = 1.0
     eta: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
@@ -42,6 +48,8 @@ class Options:
 
     def __post_init__(self):
         one_of("solver", self.solver, SOLVERS)
+        one_of("spacing", self.spacing, SPACINGS)
+        one_of("final", self.final, FINALS)
         for name in ("eta", "rescale"):
             value = getattr(self, name)
             if not (is_number(value) and 0 <= value <= 1):
@@ -55,10 +63,18 @@ class Options:
                 raise ValueError(f"{name} is {value!r}; a whole number from 1 is wanted")
 
     def but(self, **changes: Any) -> Options:
-        """The same with what is not None of `changes`; raises ValueError for an unknown name."""
+        """The same with what is not None of `changes`; raises ValueError for an unknown name.
+
+        What belongs to another solver or spacing than the changed one goes back to its default.
+        """
         for name in changes:
             one_of("option", name, tuple(f.name for f in fields(self)))
-        return replace(self, **{name: v for name, v in changes.items() if v is not None})
+        given = {name: value for name, value in changes.items() if value is not None}
+        if given.get("solver", self.solver) != self.solver:
+            given.setdefault("eta", 0.0)
+        if given.get("spacing", self.spacing) != self.spacing:
+            given.setdefault("steps_offset", 0)
+        return replace(self, **given)
 
 
 def check_extras(

@@ -52,7 +52,7 @@ class Pipeline:
         self.defaults = Options().but(**model.info["sampler"])
         if guide is not None:
             for what in ("image_size", "process"):
-                if guide.info[what] != model.info[what]:
+                if _same(guide.info, what) != _same(model.info, what):
                     raise ValueError(f"the guide's {what} is {guide.info[what]}, not the model's")
             if guide.composer.config.conditions != self.names:
                 raise ValueError(f"the guide has other conditions; {', '.join(self.names)} wanted")
@@ -324,6 +324,11 @@ def _checked_size(model: Model, size: int | None) -> int:
     if not isinstance(size, int) or size < step or size % step:
         raise ValueError(f"size is {size!r}; a multiple of {step} pixels is wanted")
     return size
+
+
+def _same(info: Mapping, what: str) -> Any:
+    """What a model says, with what older ones leave out."""
+    return Process.from_dict(info[what]) if what == "process" else info[what]
 
 
 def _networks(model: Model, guide: Model | None) -> tuple:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from composer_jax import conditions
-from composer_jax.diffusion.process import Process
+from composer_jax.diffusion.process import BETAS, MEANING, Process
 from composer_jax.models.composer import Composer, ComposerConfig, Constant, silence
 from composer_jax.models.files import Tensor
 from composer_jax.models.initializers import described, drawn
@@ -26,8 +26,6 @@ from composer_jax.training.step import Loss
 from composer_jax.training.warm_start import around, going_on, start_from
 
 log = logging.getLogger("composer_jax")
-
-MEANING = ("prediction", "schedule", "zero_terminal_snr")  # of a process: what an output means
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ def make_recipe(
     `sizes`: what CLIP decides; `absent`: values of the conditions whose absence is encoded. Reads
     no weights. Raises ValueError where parts do not fit together.
     """
-    process = Process.from_dict(config.process.to_dict())
     composer_config = ComposerConfig(
         unet=UNetConfig.from_dict(config.model.unet.to_dict()),
         conditions=tuple(names),
@@ -62,7 +59,7 @@ def make_recipe(
         factor=codec.factor,
         **{key: value for key, value in config.model.items() if key != "unet"},
     )
-    start, fresh = _start(config, composer_config, process)
+    process, start, fresh = _start(config, composer_config)
     dtype = jnp.dtype(config.dtype)
 
     options = {"remat": config.get("remat", "none"), "dtype": dtype}
@@ -105,27 +102,36 @@ def chance_of(config, name: str) -> float:
 
 
 def _start(
-    config, composer_config: ComposerConfig, process: Process
-) -> tuple[dict[str, Tensor], Sequence[str]]:
-    """The weights that `config.init_from` names, {} for none, and the conditions that they do not
-    know, which start silent. Raises ValueError where it and the config ask for different things."""
+    config, composer_config: ComposerConfig
+) -> tuple[Process, dict[str, Tensor], Sequence[str]]:
+    """The process, the weights that `config.init_from` names, {} for none, and the conditions that
+    they do not know, which start silent.
+
+    Betas that the config does not say are those of the start. Raises ValueError where it and the
+    config ask for different things; what is but assumed of a single file is no such thing.
+    """
+    asked = config.process.to_dict()
     if not config.init_from:
-        return {}, ()
+        return Process.from_dict(asked), {}, ()
     if folder := find_model(config.init_from):
         tensors, trained, known = going_on(folder, composer_config)
     else:
         unet = open_unet(config.init_from)
-        tensors, trained, known = around(unet, composer_config), unet.process, ()
-    Process.from_dict(trained)  # what is no process is said here
+        trained = {} if unet.assumed else unet.process
+        tensors, known = around(unet, composer_config), ()
+    if asked.get("schedule") == trained.get("schedule") == "sd":
+        asked = {key: trained[key] for key in BETAS if key in trained} | asked
+    process = Process.from_dict(asked)
+    before = Process.from_dict(trained) if trained else process
     for key in MEANING:
-        now = getattr(process, key)
-        was = trained.get(key, now)
+        now, was = getattr(process, key), getattr(before, key)
         if now != was and not config.init_any_process:
             raise ValueError(
                 f"process.{key} is {now!r}; {config.init_from} was trained with {was!r}; to teach "
                 f"it the other, set init_any_process=True"
             )
-    return tensors, [name for name in composer_config.conditions if name not in known]
+    fresh = [name for name in composer_config.conditions if name not in known]
+    return process, tensors, fresh
 
 
 def composer_loss(

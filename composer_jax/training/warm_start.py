@@ -15,12 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from composer_jax.diffusion.process import MEANING
 from composer_jax.models.composer import ComposerConfig
 from composer_jax.models.files import Tensor, dotted, open_tensors, read_json
 from composer_jax.models.pretrained import Pretrained
-
-# of a process; the rest is how it is trained, which may change
-NETWORKS_OWN = ("prediction", "schedule", "zero_terminal_snr")
 
 
 def around(unet: Pretrained, config: ComposerConfig) -> dict[str, Tensor]:
@@ -79,7 +77,7 @@ def going_on(
         for name, tensor in open_tensors(folder / "unet.safetensors").items()
         if not name.startswith("absent.") and not name.split(".")[1].startswith(gone)
     }
-    process = {key: info["process"][key] for key in NETWORKS_OWN if key in info["process"]}
+    process = {key: info["process"][key] for key in MEANING if key in info["process"]}
     return tensors, process, known
 
 

@@ -102,8 +102,77 @@ def test_what_a_single_file_predicts_is_left_open_or_given(sd, drawn, tmp_path, 
         assert main(["convert", str(path), "--out", str(ours), *words]) == 0
         assert said in capfd.readouterr().out
         assert json.loads((ours / "unet" / "config.json").read_text())["process"] == process
-    assert main(["convert", str(ours), "--out", str(ours), "--prediction", "eps"]) == 2
-    assert "was trained for v" in capfd.readouterr().err
+    again = tmp_path / "again"
+    assert main(["convert", str(ours), "--out", str(again), "--prediction", "eps"]) == 0
+    assert "unet predicts eps" in (said := capfd.readouterr().out) and "says v" in said
+    config = json.loads((again / "unet" / "config.json").read_text())
+    assert config["process"]["prediction"] == "eps"
+
+
+@pytest.mark.parametrize(
+    ("marks", "words", "process", "said"),
+    [
+        ((), [], {"prediction": "eps"}, "eps is assumed, as Stable Diffusion 1 predicts it"),
+        ((), ["--prediction", "v"], {"prediction": "v"}, "unet predicts v"),
+        ((), ["--prediction", "flow"], {"prediction": "flow", "schedule": "flow"}, "predicts flow"),
+        (("v_pred",), [], {"prediction": "v", "zero_terminal_snr": False}, "unet predicts v"),
+        (("v_pred", "ztsnr"), [], {"prediction": "v", "zero_terminal_snr": True}, "zero terminal"),
+        (("ztsnr",), [], None, "is marked ztsnr but not v_pred"),
+        (("ztsnr",), ["--prediction", "v"], {"prediction": "v", "zero_terminal_snr": True}, "v"),
+    ],
+)
+def test_marks_of_single_files_and_what_overrules_them(
+    drawn, tmp_path, capfd, marks, words, process, said
+):
+    unet, path = drawn(UNet, UNET, seed=1), tmp_path / "v1.safetensors"
+    tensors = to_peer(module_tensors(unet), compvis_unet_rules(UNET))
+    write_tensors(path, tensors | {mark: in_memory(np.zeros(0, np.float32)) for mark in marks})
+    code = main(["convert", str(path), "--out", str(tmp_path / "ours"), *words])
+    out = capfd.readouterr()
+    assert said in (out.out if process else out.err) and code == (0 if process else 2)
+    if process:
+        config = json.loads((tmp_path / "ours" / "unet" / "config.json").read_text())
+        assert process.items() <= config["process"].items()
+
+
+def test_a_scheduler_goes_there_and_back_with_every_field(sd, tmp_path, capfd):
+    source = shutil.copytree(sd, tmp_path / "source")
+    path = source / "scheduler" / "scheduler_config.json"
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler", "_diffusers_version": "0.24.0",
+        "beta_start": 0.00085, "beta_end": 0.014, "beta_schedule": "scaled_linear",
+        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+        "timestep_spacing": "leading", "prediction_type": "v_prediction",
+    }  # fmt: skip
+    path.write_text(json.dumps(scheduler))
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    assert main(["convert", str(source), "--out", str(ours), "--only", "unet"]) == 0
+    said = "unet predicts v, scaled_linear betas 0.00085 to 0.014; sampled by dpmpp2m, leading"
+    assert said in capfd.readouterr().out
+    config = json.loads((ours / "unet" / "config.json").read_text())
+    assert config["process"]["beta_end"] == 0.014 and config["sampler"]["spacing"] == "leading"
+    assert main(["convert", str(ours), "--out", str(back), "--to", "diffusers"]) == 0
+    written = back / "scheduler" / "scheduler_config.json"
+    assert json.loads(written.read_text()) == scheduler
+    other = ["--out", str(tmp_path / "eps"), "--to", "diffusers", "--prediction", "eps"]
+    assert main(["convert", str(ours), *other]) == 0
+    written = json.loads((tmp_path / "eps" / "scheduler" / "scheduler_config.json").read_text())
+    assert written["prediction_type"] == "epsilon" and written["beta_end"] == 0.014
+    assert written["_class_name"] == "DPMSolverMultistepScheduler" and written["steps_offset"] == 1
+
+
+def test_an_unknown_scheduler_is_refused_by_name_or_left_out(sd, tmp_path, capfd):
+    source, out = shutil.copytree(sd, tmp_path / "source"), tmp_path / "out"
+    path = source / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "LCMScheduler", "beta_end": 0.02}))
+    words = ["convert", str(source), "--out", str(out), "--only", "unet"]
+    assert main(words) == 2
+    said = capfd.readouterr().err
+    assert "scheduler class 'LCMScheduler' is unknown" in said and "--prediction eps" in said
+    assert not out.exists()
+    assert main([*words, "--prediction", "eps"]) == 0
+    config = json.loads((out / "unet" / "config.json").read_text())
+    assert config["process"]["beta_end"] == 0.02 and "sampler" not in config
 
 
 @pytest.mark.parametrize(

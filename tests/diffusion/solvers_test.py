@@ -87,7 +87,7 @@ def reference_grid(process, steps, solver="ddim"):
     if process.schedule == "flow":
         return t, 1 - t, t
     a = sd_points(process)[np.round(1000 * t).astype(int)]
-    if solver != "ddim":  # diffusers': alphas_cumprod[-1] = 2**-24
+    if solver not in ("ddim", "plms"):  # diffusers': alphas_cumprod[-1] = 2**-24
         a = np.maximum(a, 2.0**-12)
     return t, a, np.sqrt(1 - a**2)
 
@@ -133,10 +133,36 @@ def reference_unipc(look, x, x0, a, s, i, past):
     return s[i + 1] / s[i] * x - a[i + 1] * np.expm1(lam[i] - lam[i + 1]) * x0, (x, x0s)
 
 
+def reference_plms(process, x, t, a, s):
+    """PNDMScheduler's pseudo linear multistep, as its paper's table 1 has it."""
+    seen = []
+
+    def step(x, i, *outputs):
+        combined = sum(weight * output for weight, output in outputs)
+        x0, eps = reference_x0_eps(process, combined, x, a[i], s[i])
+        return a[i + 1] * x0 + s[i + 1] * eps
+
+    for i in range(len(t) - 1):
+        seen.append(model(x, t[i], np))
+        if i == 0:
+            guess = step(x, 0, (1, seen[0]))
+            if len(t) > 2:
+                guess = step(x, 0, (1 / 2, seen[0]), (1 / 2, model(guess, t[1], np)))
+            x = guess
+        else:
+            weights = {1: (3 / 2, -1 / 2), 2: (23 / 12, -16 / 12, 5 / 12)}.get(
+                i, (55 / 24, -59 / 24, 37 / 24, -9 / 24)
+            )
+            x = step(x, i, *zip(weights, seen[::-1], strict=False))
+    return x
+
+
 def reference(solver, process, x, steps):
     """Each solver as its paper or diffusers writes it, in float64."""
     x = x.astype(np.float64)
     t, a, s = reference_grid(process, steps, solver)
+    if solver == "plms":
+        return reference_plms(process, x, t, a, s)
 
     def look(x, i):
         return reference_x0_eps(process, model(x, t[i], np), x, a[i], s[i])
@@ -184,7 +210,7 @@ def test_equal_to_the_formulas(solver, process):
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-5
 
 
-@pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp2m", "unipc"])
+@pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp2m", "unipc", "plms"])
 def test_equal_to_the_formulas_at_zero_terminal_snr(solver):
     x = noise()
     got = sample(fixed, x, ZERO.times(10), ZERO, solver)
@@ -285,7 +311,7 @@ def test_evaluations_and_their_times(solver):
 
     count = solver_evaluations(solver, 5)
     at = evaluation_times(times, solver)
-    assert count == (9 if solver == "heun" else 5) and at.shape == (count,)
+    assert count == {"heun": 9, "plms": 6}.get(solver, 5) and at.shape == (count,)
     seen = []
     sample(watched(seen), noise(), times, FLOW, solver)
     jax.effects_barrier()
@@ -293,6 +319,9 @@ def test_evaluations_and_their_times(solver):
     np.testing.assert_allclose([t for _, t in sorted(seen)], at)
     if solver == "heun":
         np.testing.assert_allclose(at, [1, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2], atol=1e-6)
+    elif solver == "plms":
+        np.testing.assert_allclose(at, [1, 0.8, 0.8, 0.6, 0.4, 0.2], atol=1e-6)
+        assert solver_evaluations(solver, 1) == 1
     else:
         np.testing.assert_array_equal(at, times[:-1])
 

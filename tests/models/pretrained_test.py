@@ -17,8 +17,6 @@ from composer_jax.models.files import (
 from composer_jax.models.layouts import (
     compvis_unet_rules,
     compvis_vae_rules,
-    process_from_diffusers,
-    process_to_diffusers,
     unet_from_diffusers,
     unet_to_diffusers,
     vae_from_diffusers,
@@ -213,14 +211,6 @@ def test_configs_survive_the_way_there_and_back():
     codec = VAEConfig(latent_mean=(0.1, 0.2, 0.3, 0.4), latent_std=(1.0, 2.0, 3.0, 4.0))
     for config in (codec, VAEConfig()):
         assert vae_from_diffusers(vae_to_diffusers(config)) == config
-    for process in (("eps", False), ("v", False), ("v", True)):
-        process = dict(zip(("prediction", "zero_terminal_snr"), process, strict=True))
-        process |= {"schedule": "sd"}
-        assert process_from_diffusers(process_to_diffusers(process)) == process
-    with pytest.raises(ValueError, match=r"beta_end is 0\.02; only 0\.012 is known"):
-        process_from_diffusers({"beta_end": 0.02})
-    with pytest.raises(ValueError, match="prediction_type 'sample'"):
-        process_from_diffusers({"prediction_type": "sample"})
     with pytest.raises(ValueError, match="patch 2 has no counterpart"):
         unet_to_diffusers(PRESETS["tiny"])
 

@@ -106,15 +106,15 @@ def test_only_what_the_pattern_finds_is_trained(sd, tmp_path):
     pattern = r"^(?!unet\.)|^unet\.conv_in|attn2"
     overrides = [f"init_from={sd}", f"trainable={pattern}", "ema=0.0", POOLS]
     overrides.append("conditions=('caption','sketch')")
-    train(load_config("sd15_composer:smoke", overrides), tmp_path)
-    after = open_unet(tmp_path).tensors
+    train(load_config("sd15_composer:smoke", overrides), tmp_path / "run")
+    after = open_unet(tmp_path / "run").tensors
     for name, tensor in open_unet(sd).tensors.items():
         if name != "conv_in.kernel":
             same = np.array_equal(tensor.read(), after[name].read())
             assert same == (re.search(pattern, f"unet.{name}") is None), name
     assert np.abs(after["conv_in.kernel"].read()[:, :, 4:]).max() > 0
     back = ["--to", "diffusers", "--only", "unet", "--out", str(tmp_path / "back")]
-    assert main(["convert", str(tmp_path), *back]) == 0
+    assert main(["convert", str(tmp_path / "run"), *back]) == 0
     for name, tensor in open_unet(tmp_path / "back").tensors.items():
         np.testing.assert_array_equal(tensor.read(), after[name].read())
 
