@@ -108,6 +108,8 @@ def make_job(
         raise ValueError("start below 1, keep and inversion need an image")
     grid = {name: getattr(options, name) for name in (*GRID, "solver")}
     times = frame.process.times(options.steps, start=options.start, **grid)
+    if times[0] <= 0.0:
+        raise ValueError(f"start is {options.start:g}, which {options.spacing} spacing rounds to 0")
     at = solvers.evaluation_times(times, options.solver)
     if way:
         at = inversion.inversion_times(times, options.solver, way)

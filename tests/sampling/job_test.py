@@ -121,6 +121,10 @@ def test_windows_and_intervals_are_shares_of_what_is_run():
         ({"keep": np.ones((SIZE, SIZE))}, "need an image"),
         ({"way": "fixed-point"}, "need an image"),
         ({"options": Options(start=0.5)}, "need an image"),
+        (
+            {"options": Options(start=1e-4, spacing="trailing"), "known": NOISE},
+            "start is 0.0001, which trailing spacing rounds to 0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(given, message):
