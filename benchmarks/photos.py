@@ -49,7 +49,7 @@ def main() -> None:
     for name in SHOWN:
         i, given = list(photos).index(name), {}
         if name == "motorcycle":
-            given = {"depth": fit_map(distance, images[i].shape[:2], "nearest")}
+            given = {"distance": fit_map(distance, images[i].shape[:2], "nearest")}
         stored = decompose(images[i], given=given, tools=tools)
         pictures = {n: conditions.get(n).render(value) for n, value in stored.items()}
         rows.append({"photo": images[i], "codec": through[i], **pictures})

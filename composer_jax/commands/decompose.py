@@ -12,19 +12,26 @@ from tqdm import tqdm
 
 from composer_jax import conditions
 from composer_jax.commands.unused import tell_tools
+from composer_jax.conditions.caption import read_sentence
 from composer_jax.conditions.decompose import decompose as take_apart
+from composer_jax.conditions.decompose import known_alpha
+from composer_jax.conditions.features import packed
+from composer_jax.conditions.image import load_rgba, on_white
 from composer_jax.data.tools import load_tools
 from composer_jax.evaluation.pictures import labelled_sheet, save_png
+from composer_jax.utils.atomic import new_file
 
 
 def decompose(image: Any, **options: Any) -> dict[str, Any]:
-    """Condition -> stored value of one image, a path or uint8 [H, W, 3].
+    """Condition -> stored value of one image, as `load_image` takes it.
 
     Options are those of `conditions.decompose.decompose`; without `tools`, CLIP is the bundled one.
     """
     tools = options.pop("tools", None)
     tools = load_tools(clip="bundled") if tools is None else tools
-    return take_apart(conditions.load_image(image), tools=tools, **options)
+    rgba = load_rgba(image)
+    options["given"] = known_alpha(rgba) | dict(options.get("given") or {})
+    return take_apart(on_white(rgba), tools=tools, **options)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
     only = args.only.split(",") if args.only else None
     for name in only or ():
         conditions.get(name)
-    images = {path: conditions.load_image(path) for path in map(Path, args.image)}
+    pictures = {path: load_rgba(path) for path in map(Path, args.image)}
+    images = {path: on_white(picture) for path, picture in pictures.items()}
     stems = [path.stem for path in images]
     if len(set(stems)) < len(stems):
         raise ValueError("two images have the same name; their results would share a folder")
@@ -77,20 +85,19 @@ def run(args: argparse.Namespace) -> None:
     reasons: dict[str, str] = {}
     results = {
         path: take_apart(
-            image, only=only, given=_beside(path), tools=tools, skipped=reasons.__setitem__
+            image,
+            only=only,
+            given=known_alpha(pictures[path]) | _beside(path),
+            tools=tools,
+            skipped=reasons.__setitem__,
         )
         for path, image in tqdm(images.items(), unit="image", disable=len(images) < 2)
     }
     rows = []
     for path, stored in results.items():
-        folder = args.out / path.stem
-        folder.mkdir(parents=True, exist_ok=True)
-        row = {"image": images[path]}
-        for name, value in stored.items():
-            row[name] = conditions.get(name).render(value)
-            save_png(folder / f"{name}.png", row[name])
-            np.save(folder / f"{name}.npy", as_array(value), allow_pickle=False)
-        rows.append(row)
+        write_stored(args.out / path.stem, stored)
+        shown = {name: conditions.get(name).render(value) for name, value in stored.items()}
+        rows.append({"image": images[path], **shown})
     save_png(args.out / "contact_sheet.png", labelled_sheet(rows))
     tools["clip"].report_cut()
     for name, reason in reasons.items():
@@ -99,18 +106,17 @@ def run(args: argparse.Namespace) -> None:
     print(f"{done} conditions of {len(results)} images in {args.out}, see contact_sheet.png")
 
 
-def as_array(stored: Any) -> np.ndarray:
-    """A stored value as one array: several become the fields of a structured scalar, no pickle."""
-    if not isinstance(stored, Mapping):
-        return np.asarray(stored)
-    fields = {key: np.asarray(value) for key, value in stored.items()}
-    packed = np.zeros((), [(key, a.dtype, a.shape) for key, a in fields.items()])
-    for key, array in fields.items():
-        packed[key] = array
-    return packed
+def write_stored(folder: Path, stored: Mapping[str, Any]) -> None:
+    """Writes FOLDER/<condition>.npy and .png of stored values; `parse` reads them back, exactly but
+    for the palette's .png, whose shares are rounded; pictures of what no picture can hold (caption,
+    semantics) it refuses."""
+    for name, value in stored.items():
+        save_png(folder / f"{name}.png", conditions.get(name).to_png(value))
+        with new_file(folder / f"{name}.npy") as path, path.open("wb") as file:
+            np.save(file, packed(value), allow_pickle=False)
 
 
 def _beside(path: Path) -> dict[str, str]:
     """The caption of an image in a .txt of the same name."""
     text = path.with_suffix(".txt")
-    return {"caption": text.read_text().strip()} if text.is_file() else {}
+    return {"caption": read_sentence(text)} if text.is_file() else {}

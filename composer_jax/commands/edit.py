@@ -12,11 +12,14 @@ from composer_jax import conditions
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
 from composer_jax.commands.sample import (
     add_sampling_arguments,
+    add_switches,
     open_pipeline,
     read_region,
     sampling_options,
+    switched,
 )
 from composer_jax.commands.unused import tell, tell_tools
+from composer_jax.conditions.image import load_rgba
 from composer_jax.data.tools import load_tools
 from composer_jax.evaluation.pictures import grid, save_png
 from composer_jax.sampling.edits import TASKS, Task
@@ -67,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             needed = condition.name in task.needs
             flag = f"--{condition.name}"
             given.add_argument(flag, metavar="VALUE", help=condition.doc, required=needed)
+            add_switches(given, condition.name)
             known.add_argument(f"--own.{condition.name}", metavar="VALUE")
+            add_switches(known, condition.name, "own.")
 
 
 def take_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
@@ -80,7 +85,7 @@ def take_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     """Writes OUT/0000.png ... and OUT/grid.png, which begins with the images that went in."""
     task, values = TASKS[args.task], vars(args)
-    images = [conditions.load_image(values[f"image.{name}"]) for name in task.images]
+    images = [load_rgba(values[f"image.{name}"]) for name in task.images]
     given, known = (
         {name: values[own + name] for name in conditions.names() if values[own + name] is not None}
         for own in ("", "own.")
@@ -91,6 +96,10 @@ def run(args: argparse.Namespace) -> None:
     if (args.out / "0000.png").exists():
         raise ValueError(f"{args.out} holds images already; give another --out")
     pipe = open_pipeline(args)
+    for own, found in (("", given), ("own.", known)):
+        for name in conditions.names():
+            (value,) = switched(pipe, name, values, [f"{own}{name}"], own)
+            found |= {} if value is None else {name: value}
     tools = load_tools(**named_tools(args))
     pictures = [Picture(pipe, image, tools=tools) for image in images]
     pictures[0] = Picture(pipe, images[0], known, tools)

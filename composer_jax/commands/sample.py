@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from tqdm import tqdm
 from composer_jax import conditions
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
 from composer_jax.commands.unused import check_conditions, tell, tell_tools
-from composer_jax.conditions.decompose import decompose
+from composer_jax.conditions.decompose import decompose, known_alpha
+from composer_jax.conditions.image import fit_map, load_rgba, on_white
 from composer_jax.data.tools import load_tools
 from composer_jax.diffusion import SOLVERS, Use, use
 from composer_jax.diffusion.grids import FINALS, SPACINGS
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in conditions.names():
         group = parser.add_argument_group(name, conditions.get(name).doc)
         group.add_argument(f"--{name}", metavar="VALUE")
+        add_switches(group, name)
         group.add_argument(f"--{name}.strength", type=float, metavar="0..1", default=1.0)
         group.add_argument(f"--{name}.window", type=_span, metavar="START:END", default=(0, 1))
         group.add_argument(f"--{name}.scale", type=float, metavar="WEIGHT")
@@ -149,12 +152,14 @@ def _given(args: argparse.Namespace, pipe: Pipeline, wanted: list[str]) -> dict[
     given: dict[str, Any] = {}
     if args.image:
         tools = pipe.tools(wanted) | load_tools(**named_tools(args))
-        image = pipe.fit_image(conditions.load_image(args.image))
-        given |= decompose(image, only=wanted, tools=tools)
+        rgba = load_rgba(args.image)
+        known = {n: fit_map(a, (pipe.size,) * 2, "area") for n, a in known_alpha(rgba).items()}
+        image = pipe.fit_image(on_white(rgba))
+        given |= decompose(image, only=wanted, given=known, tools=tools)
     options = vars(args)
     uses: dict[str, list[Use]] = {}
     for name in conditions.names():
-        value, away = options[name], options[f"{name}.negative"]
+        value, away = switched(pipe, name, options, (name, f"{name}.negative"))
         value = given.get(name) if value is None else value
         if value is not None:
             region = options[f"{name}.region"]
@@ -229,6 +234,28 @@ def _report(args, pipe: Pipeline, uses, images: np.ndarray, options: dict[str, A
         page.picture(labelled_sheet([row], 128), scores or f"image {i}")
     (args.out / "report.html").write_text(page.html())
     print(f"wanted and got beside each other in {args.out / 'report.html'}")
+
+
+def add_switches(group: Any, name: str, prefix: str = "") -> None:
+    """Adds what a condition's `parse` may be told, as flags."""
+    for switch, text in conditions.get(name).switches.items():
+        group.add_argument(f"--{prefix}{name}.{switch}", action="store_true", help=text)
+
+
+def switched(
+    pipe: Pipeline, name: str, options: Mapping[str, Any], keys: Sequence[str], prefix: str = ""
+) -> list[Any]:
+    """The values of a condition under some of the `options`, read as its switches say."""
+    condition, values = conditions.get(name), [options[key] for key in keys]
+    on = {s: True for s in condition.switches if options[f"{prefix}{name}.{s}"]}
+    if not on:
+        return values
+    if all(value is None for value in values):
+        raise ValueError(
+            f"--{prefix}{name}.{next(iter(on))} is for --{keys[0]}, which is not given"
+        )
+    tool = pipe.tool(name)
+    return [None if value is None else condition.parse(value, tool, **on) for value in values]
 
 
 def read_region(path: str) -> np.ndarray:

@@ -51,6 +51,17 @@ def check_conditions(args: argparse.Namespace, taken: Collection[str]) -> None:
                 )
 
 
+def check_switches(args: argparse.Namespace, prefix: str = "") -> None:
+    """Raises ValueError for a switch of a condition whose values, under `prefix`, are not given."""
+    values = vars(args)
+    for name in conditions.names():
+        keys = (f"{prefix}{name}", f"{prefix}{name}.negative")
+        for switch in conditions.get(name).switches:
+            option = f"{prefix}{name}.{switch}"
+            if values[option] and all(values.get(key) is None for key in keys):
+                raise ValueError(f"--{option} is for --{keys[0]}, which is not given")
+
+
 def tell_tools(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
     """Says which tools were named though none of the conditions `names` is taken by them."""
     wanted = {conditions.get(name).tool for name in names}

@@ -15,54 +15,19 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from composer_jax.conditions.features import Feature, Part, Value, checked, unpacked
 from composer_jax.conditions.image import fit_map
 
 KINDS = ("spatial", "vector", "tokens")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One array that the network takes.
-
-    `kind` and `shape`: "spatial" (C,), "vector" (D,) or "tokens" (L, D). A str in `shape` is a size
-    that CLIP decides: "text_length", "text_width" or "embed_width". `norm`: the usual L2 norm of a
-    vector, by which the network scales it to numbers of about 1; None where it has that size.
-    """
-
-    kind: str
-    shape: tuple[int | str, ...]
-    norm: float | None = None
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One array that is stored.
-
-    `shape`: "h" and "w" are the image's height and width, other strings as in `Part`. `dtype`:
-    numpy's name, or "str". `codec`: "png", "raw" or "text". `resize`: how `fit` changes an [h, w]
-    feature's size, a way of `fit_map`: "photo", "nearest", "area" or "lines".
-    """
-
-    shape: tuple[int | str, ...]
-    dtype: str
-    codec: str
-    resize: str = ""
-
-
-class Value(dict):
-    """A value that is ready for the network (of `Condition.value` or `blend`): part -> array.
-
-    Taken wherever a stored value is, so that what was mixed need not be stored again.
-    """
 
 
 class Condition(abc.ABC):
@@ -73,6 +38,8 @@ class Condition(abc.ABC):
     `draw` works from the image, and from what `draws_from`, another condition, has stored where the
     batch holds it. `tool`: which tool `extract` is handed, "clip", "depth",
     "segmenter" or None. `judged_by`: which one `measure` prefers, where that is another.
+    `switches`: names and help of the true-or-false keywords that `parse` takes; command lines have
+    them as `--CONDITION.SWITCH`.
     """
 
     name: str
@@ -84,6 +51,7 @@ class Condition(abc.ABC):
     draws_from: str | None = None
     tool: str | None = None
     judged_by: str | None = None
+    switches: Mapping[str, str] = MappingProxyType({})
 
     @abc.abstractmethod
     def extract(self, images: np.ndarray, given: Mapping[str, Any] | None = None, tool=None):
@@ -115,6 +83,29 @@ class Condition(abc.ABC):
     @abc.abstractmethod
     def render(self, stored) -> np.ndarray:
         """Draws stored of one example as a picture, uint8 [H, W, 3]."""
+
+    def to_png(self, stored) -> np.ndarray:
+        """Stored of one example as `composer decompose` writes it as PNG, for `parse` to read back:
+        uint8 or uint16, [H, W], [H, W, 3] or, with alpha, [H, W, 4]. By default `render`'s picture.
+        """
+        return self.render(stored)
+
+    def unpacked(self, source, tool=None) -> dict[str, Any] | None:
+        """Stored of one example of a condition with several features, from a dict of them, from
+        what `features.packed` gives, or from its .npy file; None where `source` is something else.
+
+        Raises ValueError where a feature lacks or is not what it is to be.
+        """
+        fields = None if isinstance(self.feature, Feature) else unpacked(source)
+        return None if fields is None else self.checked(fields, getattr(tool, "sizes", {}))
+
+    def checked(self, stored, sizes: Mapping[str, int] = MappingProxyType({})) -> Any:
+        """Stored of one example in the dtypes of `feature`; texts may lack.
+
+        Raises ValueError, naming the feature, where one lacks, is unknown, or has another shape or
+        numbers that its dtype does not hold. `sizes`: those that CLIP decides, where known.
+        """
+        return checked(self.name, self.feature, stored, sizes)
 
     @abc.abstractmethod
     def measure(self, wanted, image: np.ndarray, tool=None) -> float:

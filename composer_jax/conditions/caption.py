@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +15,7 @@ import numpy as np
 from composer_jax.conditions.base import Condition, Feature, Part, register
 
 FACTS = ("shape", "colour", "size", "count", "relation")  # what a reader tells apart
+FILES = (".txt", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _SIDE, _MARGIN = 256, 12  # pixels of a rendered caption
 
 
@@ -59,7 +63,20 @@ class Caption(Condition):
         return {name: jnp.asarray(stored[name], jnp.float32) for name in self.parts}
 
     def parse(self, text, tool=None) -> dict[str, Any]:
-        """Encodes one sentence. Raises ValueError where it is no str or there is no CLIP."""
+        """Encodes one sentence: a str, the content of a .txt file, or the text of a stored example
+        (a dict or its .npy file), which without a text, or without a CLIP, is taken as it is.
+
+        Raises ValueError where it is nothing of that, names a picture, or there is no CLIP.
+        """
+        stored = self.unpacked(text)
+        if stored is not None:
+            if tool is None or "text" not in stored:
+                return self.checked(stored, getattr(tool, "sizes", {}))
+            text = stored["text"]
+        elif isinstance(text, os.PathLike) or (isinstance(text, str) and _is_file(text)):
+            text = read_sentence(Path(text))
+        elif isinstance(text, str) and text.lower().endswith(".npy"):
+            raise ValueError(f"{text} holds no caption as `composer decompose` writes it")
         if not isinstance(text, str):
             raise ValueError(f"caption takes a sentence (str), not {type(text).__name__}")
         encoded = _needed(tool).text([text])
@@ -115,6 +132,25 @@ class Caption(Condition):
             return measure
 
         return {fact: share(fact) for fact in FACTS}
+
+
+def read_sentence(path: Path) -> str:
+    """What a .txt file says. Raises ValueError where it is none, or no text in UTF-8."""
+    if path.suffix.lower() != ".txt":
+        raise ValueError(f"{path} is no sentence; give the words, a .txt or the .npy of a caption")
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _is_file(text: str) -> bool:
+    """Whether words are the name of a file: one that is there, or that nobody would say."""
+    if not text.lower().endswith(FILES):
+        return False
+    return not re.search(r"\s", text) or os.path.isfile(text)
 
 
 def _wrap(text: str, fits) -> list[str]:

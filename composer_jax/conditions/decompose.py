@@ -22,7 +22,7 @@ def decompose(
     """Condition -> stored value of one image uint8 [H, W, 3].
 
     `only`: which conditions, all by default. `given`: what is known about the image, without a
-    batch axis (caption, depth, instances, ...). `tools`: by name (clip, depth, segmenter). A
+    batch axis (caption, depth, instances, alpha, ...). `tools`: by name (clip, depth, segmenter). A
     condition that needs a tool that is not there raises ValueError where `only` asks for it; else
     it is left out and `skipped(name, reason)` is called.
     """
@@ -42,3 +42,8 @@ def decompose(
             continue
         found[name] = jax.tree.map(lambda a: a[0], stored, is_leaf=lambda a: isinstance(a, list))
     return found
+
+
+def known_alpha(image: np.ndarray) -> dict[str, np.ndarray]:
+    """The transparency of an image uint8 [H, W, 3 or 4], as `given` has it: {"alpha": [H, W]}."""
+    return {"alpha": image[..., 3]} if image.shape[2] == 4 else {}

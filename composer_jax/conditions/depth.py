@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +31,22 @@ class Depth(Condition):
 
     name = "depth"
     doc = "how near every point is: a grey image, near is white (8 or 16 bits), or a .npy"
+    switches: Mapping[str, str] = MappingProxyType(
+        {"invert": "the map is of distance: far is white"}
+    )
     parts: Mapping[str, Part] = {"map": Part("spatial", (1,))}
     feature = Feature(("h", "w"), "uint16", "png", resize="area")
     tool = "depth"
 
     def extract(self, images, given=None, tool=None) -> np.ndarray:
-        """uint16 [B, H, W] from `given["depth"]` (true distance, larger = farther; inf, and what
-        is not positive, is sky) or else by the tool. Raises ValueError where there is neither."""
-        if given is not None and given.get("depth") is not None:
-            return np.stack([_from_distance(distance) for distance in given["depth"]])
+        """uint16 [B, H, W] from `given["depth"]` (nearness, as `parse` takes it), or from
+        `given["distance"]` (larger = farther; inf, and what is not positive, is sky), else by the
+        tool. Raises ValueError where there is none."""
+        known = given or {}
+        if known.get("depth") is not None:
+            return np.stack([_normalise(np.asarray(d), "the depth map") for d in known["depth"]])
+        if known.get("distance") is not None:
+            return np.stack([_from_distance(distance) for distance in known["distance"]])
         if tool is None:
             raise ValueError(f"depth needs {_SOURCES}")
         return np.stack([_normalise(one, _NETWORK) for one in run_tool(tool, images, _NETWORK)])
@@ -46,17 +55,28 @@ class Depth(Condition):
         """{"map": float32 [h, w, 1] in [0, 1]}."""
         return {"map": jnp.asarray(stored, jnp.float32)[..., None] / _NEAR}
 
-    def parse(self, text, tool=None) -> np.ndarray:
+    def parse(self, text, tool=None, *, invert: bool = False) -> np.ndarray:
         """uint16 [H, W] from a grey image (near is white) or an array [H, W] of relative inverse
-        depth, stretched to the full range. An image in colour goes through the tool.
+        depth, stretched to the full range; what is transparent is far. An image in colour goes
+        through the tool.
+
+        `invert`: large is far. Shades (8 bits, floats within [0, 1], whole numbers that reach
+        65535) are turned around; other numbers are distances d, of which 1 / d is taken, and what
+        is not finite and positive (nothing was measured) is far.
 
         Raises ValueError where it is in colour and there is no tool, or is no map of numbers.
         """
         loaded = load_map(text)
-        what = text if isinstance(text, str) else "the depth map"
-        inverse = grey(loaded)
-        if inverse is not None:
-            return _normalise(inverse, what)
+        what = text if isinstance(text, str | os.PathLike) else "the depth map"
+        shades = grey(loaded)
+        if shades is not None:
+            clear = loaded.ndim == 3 and loaded.shape[2] in (2, 4)
+            solid = 2.0 * loaded[..., -1] >= _white(loaded) if clear else np.True_
+            if invert:
+                return _turned(shades, what, solid)
+            return _normalise(shades, what, solid)
+        if invert:
+            raise ValueError(f"{what} is no map of distance, in grey, which invert is for")
         if loaded.ndim != 3 or loaded.shape[2] not in (3, 4):
             raise ValueError(f"{what} has shape {loaded.shape}; a depth map is [H, W]")
         if tool is None:
@@ -65,9 +85,13 @@ class Depth(Condition):
         return self.extract(image[None], tool=tool)[0]
 
     def render(self, stored) -> np.ndarray:
-        """Grey, uint8 [H, W, 3]; `parse` reads it back (to 8 bits)."""
+        """Grey, uint8 [H, W, 3]."""
         grey_HxWx1 = ((np.asarray(stored, np.uint32) + 128) // 257).astype(np.uint8)[..., None]
         return np.repeat(grey_HxWx1, 3, axis=2)
+
+    def to_png(self, stored) -> np.ndarray:
+        """Grey of 16 bits, uint16 [H, W], which `parse` reads back exactly."""
+        return np.asarray(stored, np.uint16)
 
     def measure(self, wanted, image, tool=None) -> float:
         """Spearman's correlation between `wanted` and what the tool sees in the image, in [-1, 1].
@@ -123,15 +147,34 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.clip(np.corrcoef(*ranks)[0, 1], -1.0, 1.0))
 
 
-def _from_distance(distance) -> np.ndarray:
-    distance = np.asarray(distance, np.float64)
-    solid = np.isfinite(distance) & (distance > 0)
-    inverse = 1.0 / np.maximum(np.where(solid, distance, 1.0), 1e-300)
-    return _normalise(np.where(solid, inverse, 0.0), "the depth map")
+def _from_distance(distance, what="the depth map", solid=np.True_) -> np.ndarray:
+    distance = np.asarray(distance)
+    if distance.dtype.kind not in "biuf":
+        raise ValueError(f"{what} holds {distance.dtype}, not numbers")
+    distance = distance.astype(np.float64)
+    there = np.isfinite(distance) & (distance > 0)
+    inverse = 1.0 / np.maximum(np.where(there, distance, 1.0), 1e-300)
+    return _normalise(np.where(there, inverse, 0.0), what, solid)
 
 
-def _normalise(inverse: np.ndarray, what) -> np.ndarray:
-    """Any scale and offset to 0 .. 65535; a flat map is near all over, a black one far."""
+def _turned(far: np.ndarray, what, solid) -> np.ndarray:
+    """Of shades that are white where it is far, or of distances."""
+    top = _white(far)
+    if top == 1.0 or (far.dtype.kind in "ui" and (top == 255.0 or far.max() == top)):
+        return _normalise(top - far.astype(np.float64), what, solid)
+    return _from_distance(far, what, solid)
+
+
+def _white(array: np.ndarray) -> float:
+    """The largest value of an image of that kind."""
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and array.max(initial=0.0) <= 1.0):
+        return 1.0
+    return 255.0 if array.dtype.kind in "ui" and array.max(initial=0) <= 255 else 65535.0
+
+
+def _normalise(inverse: np.ndarray, what, solid=np.True_) -> np.ndarray:
+    """Any scale and offset to 0 .. 65535; a flat map is near all over, a black one far, and so is
+    what is not `solid`."""
     if inverse.dtype.kind not in "biuf":
         raise ValueError(f"{what} holds {inverse.dtype}, not numbers")
     inverse = inverse.astype(np.float64)
@@ -139,10 +182,12 @@ def _normalise(inverse: np.ndarray, what) -> np.ndarray:
         raise ValueError(f"{what} has shape {inverse.shape}; a depth map is [H, W]")
     if not np.all(np.isfinite(inverse)):
         raise ValueError(f"{what} holds values that are not finite; near is large, the sky 0")
-    low, high = inverse.min(), inverse.max()
-    if high - low <= _FLAT * max(abs(low), abs(high)):
-        return np.where(inverse > 0, _NEAR, 0).astype(np.uint16)
-    return np.rint((inverse - low) / (high - low) * _NEAR).astype(np.uint16)
+    solid = np.broadcast_to(solid, inverse.shape)
+    low, high = inverse.min(where=solid, initial=np.inf), inverse.max(where=solid, initial=-np.inf)
+    if high - low <= _FLAT * max(abs(low), abs(high)) or not solid.any():
+        return np.where(solid & (inverse > 0), _NEAR, 0).astype(np.uint16)
+    scaled = np.rint((inverse - low) / (high - low) * _NEAR)
+    return np.where(solid, scaled, 0).astype(np.uint16)
 
 
 register(Depth())

@@ -17,10 +17,10 @@ from composer_jax.utils.painted import painted
 def load_image(source) -> np.ndarray:
     """Reads an image as uint8 RGB [H, W, 3], as a viewer would show it on white paper.
 
-    `source` is a path or an array: uint8, uint16, bool or float in [0, 1]; [H, W], or [H, W, C]
-    with C = 1 (grey), 2 (grey and alpha), 3 or 4 (alpha). EXIF orientation is honoured, embedded
-    colour profiles are brought to sRGB (`to_srgb`), transparency lies on white, and 16-bit values
-    are rounded to 8 bits. Of several frames the first is read.
+    `source` is a path (also of a .npy) or an array: uint8, uint16, bool or float in [0, 1];
+    [H, W], or [H, W, C] with C = 1 (grey), 2 (grey and alpha), 3 or 4 (alpha). EXIF orientation is
+    honoured, embedded colour profiles are brought to sRGB (`to_srgb`), transparency lies on white,
+    and 16-bit values are rounded to 8 bits. Of several frames the first is read.
 
     Raises ValueError, one line naming the file, where it is missing, no image, broken, or larger
     than 100 megapixels (refused before it is decoded).
@@ -47,9 +47,11 @@ def load_rgba(source) -> np.ndarray:
 
     Takes and raises what `load_image` does.
     """
-    if isinstance(source, str | os.PathLike):
-        return _managed(_existing(Path(source)), str(source))
-    return _from_array(np.asarray(source), "the image")
+    if not isinstance(source, str | os.PathLike):
+        return _from_array(np.asarray(source), "the image")
+    if Path(source).suffix.lower() == ".npy":
+        return _from_array(load_array(source), str(source))
+    return _managed(_existing(Path(source)), str(source))
 
 
 def load_numbers(source) -> np.ndarray:

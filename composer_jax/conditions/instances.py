@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from composer_jax.conditions.base import Condition, Feature, Part, register
+from composer_jax.conditions.blends import without_blends
 from composer_jax.conditions.image import fit_map, load_image
 from composer_jax.conditions.maps import MAX_IDS, load_map, renumber, run_tool
 from composer_jax.conditions.segmenter import OnnxSegmenter
@@ -91,15 +93,21 @@ class Instances(Condition):
 
         Grey levels up to 31 are ids as they stand; other grey levels, and colours, are numbered in
         order; a picture that `render` made gives back its ids and classes. Arrays and .npy: ids
-        [H, W] or masks bool [N, H, W]. With a tool, a photo is segmented.
+        [H, W] or masks bool [N, H, W], or a stored example. With a tool, a photo is segmented.
+        Blends along borders, which smoothing makes, become the colours beside them, and the log
+        says so.
 
         Raises ValueError where a map has more than 31 different values and there is no tool.
         """
+        stored = self.unpacked(text)
+        if stored is not None:
+            return stored
         loaded = load_map(text)
         what = text if isinstance(text, str | os.PathLike) else "the id map"
         if loaded.dtype == np.bool_ and loaded.size:
             return _compact(_ids_from_masks(loaded if loaded.ndim == 3 else loaded[None]))
         levels, coloured = _levels(loaded, what)
+        levels = without_blends(levels, coloured, what)
         distinct = np.unique(levels[levels > 0])
         if len(distinct) < MAX_IDS:
             return _from_levels(levels, distinct, coloured)
@@ -113,6 +121,13 @@ class Instances(Condition):
     def _segment(self, source, tool) -> dict[str, np.ndarray]:
         stored = self.extract(load_image(source)[None], tool=tool)
         return {name: array[0] for name, array in stored.items()}
+
+    def checked(self, stored, sizes=MappingProxyType({})):
+        """As of any condition; raises ValueError for ids beyond 31, too."""
+        stored = super().checked(stored, sizes)
+        if stored["ids"].max() >= MAX_IDS:
+            raise ValueError(f"instances' ids reach {stored['ids'].max()}; at most {MAX_IDS - 1}")
+        return stored
 
     def render(self, stored) -> np.ndarray:
         """The colours of `value`, uint8 [H, W, 3]; `parse` reads ids and classes back."""
@@ -181,6 +196,8 @@ def _ids_from_masks(masks: np.ndarray) -> np.ndarray:
 
 def _levels(image: np.ndarray, what) -> tuple[np.ndarray, bool]:
     """A whole number per pixel, int64 [H, W], 0 where black or transparent; and: is it a colour?"""
+    if image.ndim == 3 and image.dtype == np.uint16:  # colours of 16 bits
+        image = (image >> 8).astype(np.uint8)
     flat = image if image.ndim == 2 else None
     if image.ndim == 3 and image.dtype == np.uint8 and 1 <= image.shape[2] <= 4:
         rgb = image[..., : 3 if image.shape[2] > 2 else 1]

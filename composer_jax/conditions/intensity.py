@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +83,18 @@ class Intensity(Condition):
         return {"map": (jnp.asarray(stored["map"], jnp.float32) / 255.0)[..., None]}
 
     def parse(self, text, tool=None):
-        """An image, grey or colour, path or array; returns one example under BT.601."""
-        del tool
+        """An image, grey or colour, path or array, under BT.601; or a stored example."""
+        stored = self.unpacked(text, tool)
+        if stored is not None:
+            return stored
         return {"map": _grey(load_image(text), WEIGHTS[0]), "weights": WEIGHTS[0].copy()}
+
+    def checked(self, stored, sizes=MappingProxyType({})):
+        """As of any condition; raises ValueError for weights that do not sum to 1, too."""
+        stored = super().checked(stored, sizes)
+        if stored["weights"].min() < 0.0 or abs(stored["weights"].sum() - 1.0) > 1e-3:
+            raise ValueError("intensity's weights are to sum to 1, none of them negative")
+        return stored
 
     def render(self, stored):
         """The grey map, uint8 [h, w, 3]."""

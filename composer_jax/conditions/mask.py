@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from composer_jax.conditions.base import Condition, Feature, Part, register
-from composer_jax.conditions.image import fit_map, load_image, load_rgba
+from composer_jax.conditions.base import Condition, Feature, Part, meant, register
+from composer_jax.conditions.features import unpacked
+from composer_jax.conditions.image import fit_map, load_image, load_region, load_rgba
 from composer_jax.conditions.maps import MAX_IDS
+from composer_jax.utils.painted import painted
 
-ALLOWED = "allowed: IMAGE:MASK (white is kept), or one image with transparency (that is the hole)"
+log = logging.getLogger("composer_jax")
+
+ALLOWED = (
+    "allowed: IMAGE:region=PNG (white is filled anew, as in every region), or one image with "
+    "transparency (that is the hole)"
+)
+OLD = (
+    "mask: in IMAGE:MASK white stays; write IMAGE:region=PNG, where white is filled anew, as in "
+    "every other region"
+)
 NUMBERS = 34  # uniform numbers that the largest kind of hole takes
 
 
@@ -22,7 +37,10 @@ class Mask(Condition):
     """The masked image and its mask (1 = keep), as four channels (Composer, 3.1)."""
 
     name = "mask"
-    doc = "what stays of an image, as IMAGE:MASK (white stays) or one image with transparency"
+    doc = (
+        "what stays of an image, as IMAGE:region=PNG (white is filled anew) or one image with "
+        "transparency (filled anew)"
+    )
     keep_probability = 0.5
     parts: Mapping[str, Part] = {"map": Part("spatial", (4,))}
     feature: Mapping[str, Feature] = {
@@ -44,7 +62,7 @@ class Mask(Condition):
         if given_keep is None:
             keep = np.repeat(_frame(*images.shape[1:3])[None], len(images), axis=0)
         else:
-            keep = _binary(np.asarray(given_keep))
+            keep = np.stack([_binary(one) for one in np.asarray(given_keep)])
         if keep.shape != images.shape[:3]:
             raise ValueError(f"mask has shape {keep.shape}; the images ask for {images.shape[:3]}")
         return {"image": images, "keep": keep}
@@ -69,15 +87,23 @@ class Mask(Condition):
         return {"map": _masked(image, jnp.asarray(stored["keep"], jnp.float32) / 255.0)}
 
     def parse(self, text, tool=None):
-        """`image.png:mask.png` (white is kept), one image with transparency (path or array), or a
-        pair of paths or arrays; returns one example."""
+        """`image.png:region=hole.png`, or a dict of "image" and "region" (paths or arrays), white
+        where the image is filled anew, as in every region; or one image with transparency, which is
+        the hole (path or array); or a dict of "image" and "keep", or a stored example, 1 where the
+        image stays; returns one example.
+
+        `image.png:mask.png`, or a pair, the older form in which white stays, is read with a warning
+        in the log. What is transparent in a region or mask is not painted white.
+        """
         del tool
-        if isinstance(text, Mapping) and {"image", "keep"} <= set(text):
-            text = (text["image"], text["keep"])
         if isinstance(text, str) and ":" in text and not Path(text).exists():
-            text = _split(text)
-        if isinstance(text, tuple | list) and len(text) == 2:
-            return _pair(*text)
+            source = _split(text)
+        elif isinstance(text, tuple | list) and len(text) == 2:
+            source = {"image": text[0], "mask": text[1]}
+        else:
+            source = unpacked(text)
+        if source is not None:
+            return _pair(**_named(source))
         image = load_rgba(text)
         if image.shape[2] == 3:
             what = f"{text} has" if isinstance(text, str | os.PathLike) else "mask: the image has"
@@ -91,6 +117,28 @@ class Mask(Condition):
         rows, columns = np.indices(keep.shape) // square
         board = np.where((rows + columns) % 2, 205, 155).astype(np.uint8)
         return np.where(keep[..., None] > 127, image, board[..., None])
+
+    def to_png(self, stored):
+        """The image, uint8 [h, w, 4], transparent where the hole is, which `parse` reads back."""
+        keep = np.asarray(stored["keep"], np.uint8)
+        return np.dstack([np.asarray(stored["image"], np.uint8), keep])
+
+    def fit(self, stored, size):
+        """Crops and resizes as of any condition; no colour comes into what stays from the hole."""
+        fitted = super().fit(stored, size)
+        kept = np.asarray(stored["keep"]) > 127
+        if kept.shape == tuple(size) or kept.all() or not kept.any():
+            return fitted
+        from scipy.ndimage import distance_transform_edt
+
+        nearest = distance_transform_edt(~kept, return_distances=False, return_indices=True)
+        filled = super().fit({**stored, "image": np.asarray(stored["image"])[tuple(nearest)]}, size)
+        stays = fitted["keep"][..., None] > 127
+        return {**fitted, "image": np.where(stays, filled["image"], fitted["image"])}
+
+    def checked(self, stored, sizes=MappingProxyType({})):
+        """As of any condition; `keep` may be bool, or numbers from 0 to 1, too."""
+        return super().checked(_pair(**_named(stored)), sizes)
 
     def measure(self, wanted, image, tool=None):
         """1 - mean absolute difference of what was to stay, in [0, 1]; nan where nothing was."""
@@ -187,35 +235,56 @@ def _frame(height: int, width: int) -> np.ndarray:
     return keep
 
 
-def _binary(keep: np.ndarray) -> np.ndarray:
-    """0 or 255, uint8: bool, numbers up to 1, or numbers up to 255."""
-    half = 0.5 if keep.dtype == np.bool_ or keep.max(initial=0) <= 1 else 127.5
-    return (keep > half).astype(np.uint8) * np.uint8(255)
+def _binary(keep) -> np.ndarray:
+    """0 or 255, uint8 [H, W], of an array as `painted` reads it."""
+    keep = np.asarray(keep)
+    keep = keep[..., None] if keep.ndim == 2 else keep  # an image: numbers up to 255 are allowed
+    return (painted(keep, "mask: the mask") > 0.5).astype(np.uint8) * np.uint8(255)
 
 
-def _split(text: str) -> tuple[str, str]:
-    """`image:mask` where both exist; a name may have colons of its own."""
+def _split(text: str) -> dict[str, str]:
+    """`image:region=hole`, or `image:mask` where both exist; a name may have colons of its own."""
     cuts = [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == ":"]
-    for image, mask in cuts:
-        if Path(image).is_file() and Path(mask).is_file():
-            return image, mask
-    return cuts[-1]
+    for image, rest in cuts:
+        key, equals, path = rest.partition("=")
+        if key == "region" and equals:
+            return {"image": image, "region": path}
+        if Path(image).is_file() and Path(rest).is_file():
+            return {"image": image, "mask": rest}
+    image, rest = cuts[-1]
+    key, equals, _ = rest.partition("=")
+    if equals and re.fullmatch("[a-z]+", key):
+        raise ValueError(f"mask: no {key!r} of an image{meant(key, ('region',))}; {ALLOWED}")
+    return {"image": image, "mask": rest}
 
 
-def _pair(image, mask) -> dict[str, np.ndarray]:
-    image = load_image(image)
-    if isinstance(mask, str | os.PathLike):
-        keep = _binary(load_image(mask).mean(axis=2) / 255.0)
-    else:
-        keep = np.asarray(mask)
-        keep = _binary(keep.mean(axis=2) if keep.ndim == 3 else keep)
-    height, width = image.shape[:2]
-    if keep.ndim != 2 or abs(keep.shape[0] * width - keep.shape[1] * height) > max(height, width):
+def _named(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of `_pair`."""
+    source = dict(source)
+    if "mask" in source:
+        log.warning(OLD)
+        source["keep"] = source.pop("mask")
+    if set(source) not in ({"image", "keep"}, {"image", "region"}):
         raise ValueError(
-            f"mask: the mask has shape {keep.shape}, the image {(height, width)}; "
+            f"mask: {', '.join(map(str, source)) or 'nothing'} is given; image and region (white "
+            "is filled anew) or image and keep (white stays) are wanted"
+        )
+    return source
+
+
+def _pair(image, *, keep=None, region=None) -> dict[str, np.ndarray]:
+    """An image and what stays of it, or what is filled anew; paths or arrays."""
+    image = load_image(image)
+    drawn = keep if region is None else region
+    drawn = _binary(load_region(drawn) if isinstance(drawn, str | os.PathLike) else drawn)
+    height, width = image.shape[:2]
+    if abs(drawn.shape[0] * width - drawn.shape[1] * height) > max(height, width):
+        raise ValueError(
+            f"mask: the mask has shape {drawn.shape}, the image {(height, width)}; "
             "allowed: the same shape, at any size"
         )
-    return {"image": image, "keep": fit_map(keep, (height, width), "nearest")}
+    drawn = fit_map(drawn, (height, width), "nearest")
+    return {"image": image, "keep": drawn if region is None else np.uint8(255) - drawn}
 
 
 register(Mask())

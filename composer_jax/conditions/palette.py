@@ -15,7 +15,7 @@ import numpy as np
 
 from composer_jax.conditions.base import Condition, Feature, Part, meant, register
 from composer_jax.conditions.colour import linear_from_srgb
-from composer_jax.conditions.image import load_array, load_image
+from composer_jax.conditions.image import load_array, load_image, load_rgba
 
 BINS = 156
 TABLE = Path(__file__).parents[1] / "assets" / "palette.npz"  # of benchmarks/palette.py --make
@@ -102,15 +102,32 @@ class Palette(Condition):
         self._weights = smoothing(self.lab, s)
 
     def extract(self, images, given=None, tool=None):
-        """Unsmoothed histograms float32 [B, 156], each summing to 1, of uint8 [B, H, W, 3]."""
-        del given, tool
-        return np.stack([self._histogram(image) for image in np.asarray(images, np.uint8)])
+        """Unsmoothed histograms float32 [B, 156], each summing to 1, of uint8 [B, H, W, 3].
 
-    def _histogram(self, image: np.ndarray) -> np.ndarray:
+        Pixels count by `given["alpha"]`, uint8 [B, H, W], where it is known. Raises ValueError for
+        an image that is transparent all over.
+        """
+        del tool
+        images = np.asarray(images, np.uint8)
+        alphas = (given or {}).get("alpha")
+        alphas = [None] * len(images) if alphas is None else alphas
+        return np.stack([self._histogram(*one) for one in zip(images, alphas, strict=True)])
+
+    def _histogram(self, image: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
         bgr0 = np.zeros((image.size // 3, 4), np.uint8)
         bgr0[:, :3] = image.reshape(-1, 3)[:, ::-1]
         codes = nearest_table()[bgr0.view("<u4")[:, 0]]
-        return (np.bincount(codes, minlength=BINS) / codes.size).astype(np.float32)
+        shares = None if alpha is None else np.asarray(alpha, np.float64).ravel()
+        total = codes.size if shares is None else shares.sum()
+        if not total:
+            raise ValueError("palette: the image is transparent all over")
+        return (np.bincount(codes, shares, BINS) / total).astype(np.float32)
+
+    def _of_image(self, source) -> np.ndarray:
+        image = load_rgba(source)
+        return self._histogram(
+            np.ascontiguousarray(image[..., :3]), image[..., 3] if image.shape[2] == 4 else None
+        )
 
     def value(self, stored):
         """The smoothed histogram, float32 [156]; entries under 1e-5 are 0."""
@@ -120,21 +137,22 @@ class Palette(Condition):
 
     def parse(self, text, tool=None):
         """`#d62828:0.6,#003049:0.4` (weights optional; CSS names too), a list of such, an image
-        or a .npy with 156 counts or an image; returns the histogram float32 [156]."""
+        or a .npy with 156 counts or an image; returns the histogram float32 [156]. Pixels of an
+        image count by their alpha."""
         del tool
         if isinstance(text, str) and _is_colours(text):
             return self._from_colours(text.split(","))
         if isinstance(text, str | os.PathLike):
             if str(text).lower().endswith(".npy"):
                 return self._from_array(load_array(text), str(text))
-            return self._histogram(load_image(text))
+            return self._of_image(text)
         if isinstance(text, Sequence) and text and all(isinstance(item, str) for item in text):
             return self._from_colours(text)
         return self._from_array(np.asarray(text), "the palette")
 
     def _from_array(self, array: np.ndarray, what: str) -> np.ndarray:
         if array.ndim in (2, 3):
-            return self._histogram(load_image(array))
+            return self._of_image(array)
         if array.shape != (BINS,) or array.dtype.kind not in "fiu":
             raise ValueError(
                 f"{what} has shape {array.shape} of {array.dtype}; "
@@ -157,14 +175,17 @@ class Palette(Condition):
         return (counts / counts.sum()).astype(np.float32)
 
     def render(self, stored):
-        """Colour swatches, largest share first, as wide as their shares; uint8 [64, 256, 3]."""
+        """Colour swatches, largest share first, as wide as their shares; uint8 [64, 256, 3].
+
+        A share is a number of pixels, column by column: `parse` reads it back to 1 / 16384.
+        """
         shares = np.asarray(stored, np.float64)
         order = np.argsort(-shares, kind="stable")
         ends = np.cumsum(shares[order])
-        positions = (np.arange(256) + 0.5) / 256.0 * max(ends[-1], 1e-12)
+        positions = (np.arange(256 * 64) + 0.5) / (256 * 64) * max(ends[-1], 1e-12)
         bins = order[np.searchsorted(ends, positions).clip(0, BINS - 1)]
-        row = np.rint(self.rgb[bins] * 255.0).astype(np.uint8)
-        return np.repeat(row[None], 64, axis=0)
+        pixels = np.rint(self.rgb[bins] * 255.0).astype(np.uint8)
+        return np.ascontiguousarray(pixels.reshape(256, 64, 3).swapaxes(0, 1))
 
     def measure(self, wanted, image, tool=None):
         """Intersection of the unsmoothed histograms, in [0, 1]."""

@@ -14,6 +14,7 @@ from composer_jax.conditions.base import Condition, Feature, Part, register
 from composer_jax.conditions.image import load_array, load_image
 
 WAYS = 100  # candidates of a retrieval
+ABOVE, BELOW = (247, 127, 0), (0, 119, 182)  # of a rendered embedding; white is zero
 
 
 class Semantics(Condition):
@@ -37,13 +38,20 @@ class Semantics(Condition):
     def parse(self, text, tool=None) -> np.ndarray:
         """float32 [E] from an image (path or array) or from an embedding (a .npy or array [E]).
 
-        Raises ValueError where an image comes without a CLIP, or an embedding is not this CLIP's.
+        Raises ValueError where an image comes without a CLIP or is a picture that `render` made,
+        or an embedding is not this CLIP's.
         """
         is_path = isinstance(text, str | os.PathLike)
         loaded = load_array(text) if is_path and Path(text).suffix.lower() == ".npy" else text
         if isinstance(loaded, np.ndarray) and loaded.ndim == 1:
             return _embedding(loaded, text if is_path else "the embedding", tool)
-        return self.extract(load_image(loaded)[None], tool=_needed(tool))[0]
+        image = load_image(loaded)
+        if _is_fingerprint(image):
+            raise ValueError(
+                f"{text if is_path else 'the image'} is a picture of an embedding, to look at; "
+                "give the semantics.npy beside it, or the photo itself"
+            )
+        return self.extract(image[None], tool=_needed(tool))[0]
 
     def render(self, stored) -> np.ndarray:
         """A tile a number, orange above and blue below zero: a fingerprint, to compare by eye."""
@@ -52,7 +60,7 @@ class Semantics(Condition):
         rows = -(-len(vector) // columns)
         tiles = np.zeros(rows * columns)
         tiles[: len(vector)] = np.clip(vector * np.sqrt(len(vector)) / 3, -1.0, 1.0)
-        colour = np.where(tiles[:, None] > 0, [[247, 127, 0]], [[0, 119, 182]])
+        colour = np.where(tiles[:, None] > 0, [ABOVE], [BELOW])
         amount = np.abs(tiles)[:, None]
         image = np.rint(colour * amount + 255 * (1 - amount)).astype(np.uint8)
         tile = max(1, 256 // columns)
@@ -73,6 +81,19 @@ class Semantics(Condition):
             return float(np.dot(wanted, found) > cosines.max(initial=-1.0))
 
         return {f"retrieval, {WAYS} ways": top1}
+
+
+def _is_fingerprint(image: np.ndarray) -> bool:
+    """Whether `render` made an image: all of it lies between white and its two colours, both are
+    there, and tiles fill it."""
+    away = []
+    for colour, strongest in ((ABOVE, 2), (BELOW, 0)):
+        amount = 1.0 - image[..., strongest] / 255.0
+        expected = 255.0 + amount[..., None] * (np.float64(colour) - 255.0)
+        away.append(np.abs(expected - image).max(axis=2))
+    coloured = image.min(axis=2) < 230
+    both = all(np.any(coloured & (one <= 1.5)) for one in away)
+    return bool(both and np.minimum(*away).max() <= 1.5)
 
 
 def _embedding(vector: np.ndarray, what, tool) -> np.ndarray:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from composer_jax.conditions.base import Condition, Feature, Part, meant, register
 from composer_jax.conditions.contours import contours
-from composer_jax.conditions.image import fit_map, load_array, load_image
+from composer_jax.conditions.image import (
+    fit_map,
+    load_array,
+    load_image,
+    load_rgba,
+    on_white,
+)
 from composer_jax.conditions.maps import run_tool
 
 DETECTORS = ("canny", "hed")
@@ -145,16 +152,20 @@ class Sketch(Condition):
         return {"map": (jnp.asarray(stored, jnp.float32) / 255.0)[..., None]}
 
     def parse(self, text, tool=None):
-        """A drawing (thin ink on black or white ground, path or array), or a photo, whose contours
-        are taken as `extract` takes them; a .npy; returns lines uint8 [h, w], 0 or 255, of the
-        stroke of their size."""
-        is_path = isinstance(text, str | os.PathLike)
-        is_npy = is_path and str(text).lower().endswith(".npy")
-        array = load_array(text) if is_npy else text if is_path else np.asarray(text)
-        is_array = isinstance(array, np.ndarray)
-        if is_array and array.ndim == 2 and array.size and np.isin(array, (0, 255)).all():
-            return array.astype(np.uint8)  # lines as they are stored
-        image = load_image(array)
+        """A drawing, or a photo, whose contours are taken as `extract` takes them; returns lines
+        uint8 [h, w], 0 or 255, of the stroke of their size.
+
+        `text`: a picture as `load_image` takes it, file or array, or whole numbers 0 and 1. All are
+        read alike: a drawing is mostly its ground, black or white, or transparent, and its ink is
+        thin. What is stored is such a drawing, white on black.
+        """
+        if isinstance(text, str | os.PathLike) and Path(text).suffix.lower() == ".npy":
+            array = load_array(text)
+        else:
+            array = text if isinstance(text, str | os.PathLike) else np.asarray(text)
+        if isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.size:
+            array = array > 0 if np.isin(array, (0, array.max())).all() else array
+        image = _on_ground(load_rgba(array))
         ink = _ink(image)
         if ink is None:
             return self.extract(image[None], tool=tool)[0]
@@ -191,6 +202,20 @@ def f1(wanted: np.ndarray, found: np.ndarray) -> float:
     precision = (found & near_wanted).sum() / max(found.sum(), 1)
     recall = (wanted & near_found).sum() / max(wanted.sum(), 1)
     return float(2.0 * precision * recall / max(precision + recall, 1e-12))
+
+
+def _on_ground(image: np.ndarray) -> np.ndarray:
+    """A picture, uint8 [h, w, 3], of [h, w, 3 or 4]: what is transparent has no ink."""
+    if image.shape[2] == 3:
+        return image
+    alpha = image[..., 3:]
+    painted = np.repeat(alpha, 3, axis=2)
+    if alpha.mean() < 128 and _ink(painted) is not None:
+        return painted  # lines of any colour on nothing
+    white, black = on_white(image), 255 - on_white(np.dstack([255 - image[..., :3], alpha]))
+    lines = _ink(black) if _ink(white) is None else None
+    drawn_on_black = lines is not None and lines.any()
+    return black if white.min() > 250 or drawn_on_black else white
 
 
 def _ink(image: np.ndarray) -> np.ndarray | None:

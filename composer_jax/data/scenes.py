@@ -203,7 +203,7 @@ class Scenes(Source):
         return np.arange(min(count, self.count))
 
     def batch(self, indices: Sequence[int]) -> dict:
-        """Images and all that is known: caption, depth, instances, classes, attributes."""
+        """Images and all that is known: caption, distance, instances, classes, attributes."""
         described = [describe(self.seed, int(i)) for i in indices]
         rendered = render(described, self.size)
         objects = np.zeros((len(described), MOST + 1, 5), np.float32)
@@ -214,7 +214,7 @@ class Scenes(Source):
                                thing["x"], thing["distance"]]  # fmt: skip
         given = {
             "caption": [d["caption"] for d in described],
-            "depth": rendered["depth"],
+            "distance": rendered["depth"],
             "instances": rendered["instances"],
             "classes": objects[..., 0].astype(np.int32),
             "objects": objects,  # by id: shape, colour, size as numbers, screen x, distance

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from composer_jax import conditions
-from composer_jax.conditions.decompose import decompose
-from composer_jax.conditions.image import fit_map
+from composer_jax.conditions.decompose import decompose, known_alpha
+from composer_jax.conditions.image import fit_map, load_rgba, on_white
 from composer_jax.diffusion import use
 from composer_jax.sampling.pipeline import OUTSIDE, Pipeline
 
@@ -36,11 +36,14 @@ class Picture:
         tools: Mapping[str, Any] | None = None,
     ):
         self._pipe, self._tools = pipe, dict(tools or {})
-        self._image = conditions.load_image(image)
+        rgba = load_rgba(image)
+        self._image = on_white(rgba)
         self._factors = {name: pipe.stored(name, value) for name, value in (known or {}).items()}
         self.asked: set[str] = set()
         self.taken: set[str] = set()
         self.pixels: np.ndarray = pipe.fit_image(self._image)  # uint8 [size, size, 3]
+        size = self.pixels.shape[:2]
+        self._given = {n: fit_map(a, size, "area") for n, a in known_alpha(rgba).items()}
 
     def factor(self, name: str) -> Any:
         """One condition, stored; raises ValueError where the model or the image has none."""
@@ -50,7 +53,7 @@ class Picture:
         if name not in self._factors:
             self.taken.add(name)
             tools = self._pipe.tools([name]) | self._tools
-            stored = decompose(self.pixels, only=(name,), tools=tools)[name]
+            stored = decompose(self.pixels, only=(name,), given=self._given, tools=tools)[name]
             self._factors[name] = self._pipe.stored(name, stored)
         return self._factors[name]
 

@@ -275,7 +275,9 @@ class Pipeline:
         condition = conditions.get(name)
         if isinstance(value, Value):
             return value
-        if not isinstance(value, Mapping):
+        if isinstance(value, Mapping):
+            value = condition.checked(value, self.model.composer.config.sizes)
+        else:
             value = condition.parse(value, self.tool(name))
         return condition.fit(value, (self.size, self.size))
 

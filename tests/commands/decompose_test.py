@@ -7,6 +7,9 @@ from PIL import Image
 
 from composer_jax import conditions
 from composer_jax.cli import main
+from composer_jax.commands.decompose import decompose, write_stored
+from composer_jax.data.sources import open_source
+from composer_jax.data.tools import load_tools
 from composer_jax.models.dpt import DPT, DPTConfig, Preprocess
 from composer_jax.models.files import module_tensors, write_tensors
 from composer_jax.models.initializers import described, initialised
@@ -73,3 +76,89 @@ def test_without_a_depth_network_the_reason_is_said(photo, tmp_path, capsys):
     given = ["decompose", photo, "--only", "depth", "--out", tmp_path / "out"]
     assert main([*map(str, given)]) == 2
     assert "a depth network" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tools():
+    return load_tools(clip="bundled")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, tools):
+    """A scene taken apart into every condition that is known, and the folder these are in."""
+    batch = open_source("scenes:1", size=64).batch([0])
+    given = {name: value[0] for name, value in batch["given"].items()}
+    stored = decompose(batch["image"][0], given=given, tools=tools)
+    assert set(stored) == set(conditions.names())
+    folder = tmp_path_factory.mktemp("written")
+    write_stored(folder, stored)
+    return folder, stored
+
+
+def same(name, a, b):
+    if not isinstance(a, dict):
+        return np.testing.assert_array_equal(a, b)
+    assert set(a) == set(b)
+    for key in a:
+        if (name, key) == ("instances", "classes"):  # those of ids that are not in the picture
+            there = np.unique(b["ids"])
+            np.testing.assert_array_equal(a[key][there], b[key][there])
+        else:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("name", conditions.names())
+def test_what_decompose_writes_is_read_back(written, tools, name):
+    folder, stored = written
+    condition = conditions.get(name)
+    tool = tools.get(condition.tool)
+    same(name, condition.parse(str(folder / f"{name}.npy"), tool), stored[name])
+    same(name, condition.parse(folder / f"{name}.npy", tool), stored[name])
+    if isinstance(stored[name], dict):
+        same(name, condition.parse(stored[name], tool), stored[name])
+    picture = str(folder / f"{name}.png")
+    if name in ("caption", "semantics"):  # a picture holds neither
+        with pytest.raises(ValueError, match=r"\.npy") as error:
+            condition.parse(picture, tool)
+        assert picture in str(error.value) and "\n" not in str(error.value)
+    elif name == "palette":
+        found = condition.parse(picture, tool)
+        np.testing.assert_allclose(found, stored[name], atol=1 / 2**14)
+    else:
+        same(name, condition.parse(picture, tool), stored[name])
+
+
+@pytest.mark.parametrize("kind", ["npy", "png"])
+def test_sample_reads_all_that_decompose_writes(written, run, tmp_path, capsys, kind):
+    folder, stored = written
+    names = [name for name in stored if kind == "npy" or name not in ("caption", "semantics")]
+    words = ["sample", "--model", run, "--steps", 1, "--count", 1, "--out", tmp_path / "out"]
+    for name in names:
+        words += [f"--{name}", folder / f"{name}.{kind}"]
+    assert main([*map(str, words)]) == 0
+    assert f"given {', '.join(names)}" in capsys.readouterr().out
+
+
+def test_a_logo_has_the_colours_that_are_painted(tmp_path, capsys):
+    logo = np.zeros((64, 64, 4), np.uint8)
+    logo[16:48, 16:48] = 214, 40, 40, 255
+    Image.fromarray(logo).save(tmp_path / "logo.png")
+    words = ["decompose", tmp_path / "logo.png", "--only", "palette", "--out", tmp_path / "out"]
+    assert main([*map(str, words)]) == 0
+    palette = np.load(tmp_path / "out" / "logo" / "palette.npy")
+    assert palette.max() == 1.0
+    np.testing.assert_array_equal(palette, conditions.get("palette").parse("#d62828"))
+
+
+def test_a_map_of_distance_is_inverted_by_a_switch(written, run, tmp_path, capsys):
+    folder, stored = written
+    Image.fromarray(np.uint16(65535) - stored["depth"]).save(tmp_path / "far.png")
+    words = ["sample", "--model", run, "--steps", 1, "--count", 1]
+    near = ["--depth", folder / "depth.npy", "--out", tmp_path / "near"]
+    far = ["--depth", tmp_path / "far.png", "--depth.invert", "--out", tmp_path / "far"]
+    for more in (near, far):
+        assert main([*map(str, [*words, *more])]) == 0
+    images = [(tmp_path / name / "0000.png").read_bytes() for name in ("near", "far")]
+    assert images[0] == images[1]
+    assert main([*map(str, [*words, "--depth.invert", "--out", tmp_path / "no"])]) == 2
+    assert "--depth.invert is for --depth" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer_jax.conditions import base
+from composer_jax.conditions.features import packed
 
 CAPTION = base.get("caption")
 
@@ -103,3 +104,34 @@ def test_mistakes_end_in_one_clear_line():
     for use in (CAPTION.parse, lambda text: CAPTION.measure({"vector": np.ones(3)}, IMAGES[0])):
         with pytest.raises(ValueError, match="caption needs a CLIP"):
             use("a cat")
+
+
+def test_sentences_come_from_files_too(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa cat\n")
+    stored = CAPTION.parse("a cat", CLIP)
+    np.save(tmp_path / "a.npy", packed(stored))
+    for source in (tmp_path / "a.txt", str(tmp_path / "a.txt"), tmp_path / "a.npy", stored):
+        for key, value in CAPTION.parse(source, CLIP).items():
+            np.testing.assert_array_equal(value, stored[key])
+    np.testing.assert_array_equal(CAPTION.parse(tmp_path / "a.npy")["tokens"], stored["tokens"])
+    assert CAPTION.parse("a cat on a photo.png", CLIP)["text"] == "a cat on a photo.png"
+
+
+def test_what_is_no_sentence_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "a photo.png").write_bytes(b"")
+    np.save(tmp_path / "vector.npy", np.zeros(3))
+    short = {"ids": np.zeros(6), "tokens": np.zeros((6, 2)), "vector": np.zeros(4)}
+    for source, message in {
+        str(tmp_path / "a photo.png"): "is no sentence; give the words, a .txt or the .npy",
+        "caption.png": "caption.png is no sentence",
+        "nothing.txt": "nothing.txt cannot be read",
+        "nothing.npy": "nothing.npy does not exist",
+        str(tmp_path / "latin.txt"): "no text in UTF-8",
+        str(tmp_path / "vector.npy"): "vector.npy (holds no caption|is no sentence)",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            CAPTION.parse(source, CLIP)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"caption's vector has shape \[4\]; \[3\] is wanted"):
+        CAPTION.parse(short, CLIP)

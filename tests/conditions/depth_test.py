@@ -23,7 +23,7 @@ def images(count, height=5, width=7):
 
 def test_known_distance_becomes_inverse_depth_and_the_sky_zero():
     distance = np.float32([[[1.0, 2.0, 4.0, np.inf]], [[10.0, 5.0, 10.0, 5.0]]])
-    stored = DEPTH.extract(images(2, 1, 4), {"depth": distance})
+    stored = DEPTH.extract(images(2, 1, 4), {"distance": distance})
     assert stored.dtype == np.uint16
     np.testing.assert_array_equal(stored[0], [[65535, 32768, 16384, 0]])
     np.testing.assert_array_equal(stored[1], [[0, 65535, 0, 65535]])
@@ -33,8 +33,9 @@ def test_what_is_known_wins_over_the_network_and_without_both_there_is_no_fake()
     def network(batch):
         return np.broadcast_to(np.arange(7.0) - 3.0, batch.shape[:3])
 
-    known = DEPTH.extract(images(1), {"depth": np.ones((1, 5, 7))}, tool=network)
-    assert np.all(known == 65535)
+    for name in ("depth", "distance"):
+        known = DEPTH.extract(images(1), {name: np.ones((1, 5, 7))}, tool=network)
+        assert np.all(known == 65535)
     seen = DEPTH.extract(images(1), {}, tool=network)
     np.testing.assert_array_equal(seen[0, 0], np.rint(np.arange(7) / 6 * 65535))
     with pytest.raises(ValueError, match=r"depth map given by the source.*network passed as tool"):
@@ -47,7 +48,7 @@ def test_what_is_known_wins_over_the_network_and_without_both_there_is_no_fake()
 @given(data=st.data(), size=SIZES)
 def test_any_distance_is_normalised_and_nearer_is_larger(data, size):
     distance = data.draw(hnp.arrays(np.float32, size, elements=st.floats(0, 2.0**99, width=32)))
-    stored = DEPTH.extract(images(1, *size), {"depth": distance[None]})[0]
+    stored = DEPTH.extract(images(1, *size), {"distance": distance[None]})[0]
     assert stored.shape == size and stored.dtype == np.uint16
     there = distance > 0
     order = np.argsort(distance[there])
@@ -92,8 +93,37 @@ def test_what_is_rendered_is_read_back(tmp_path):
     Image.fromarray(DEPTH.render(stored)).save(tmp_path / "map.png")
     again = DEPTH.parse(tmp_path / "map.png")
     assert np.abs(again.astype(int) - stored).max() <= 129
+    Image.fromarray(DEPTH.to_png(stored)).save(tmp_path / "map.png")
+    np.testing.assert_array_equal(DEPTH.parse(tmp_path / "map.png"), stored)
     np.save(tmp_path / "map.npy", stored)
     np.testing.assert_array_equal(DEPTH.parse(str(tmp_path / "map.npy")), stored)
+
+
+def test_maps_of_distance_are_inverted():
+    """Shades are turned around; of distances the inverse is taken, as where they are known."""
+    near = np.random.default_rng(0).integers(0, 256, (8, 9), dtype=np.uint8)
+    near[0, :2] = 0, 255
+    wide = near.astype(np.uint16) * 257
+    for far in (255 - near, 1 - near / 255.0, 65535 - wide, np.dstack([255 - near] * 3)):
+        np.testing.assert_array_equal(DEPTH.parse(far, invert=True), DEPTH.parse(near))
+    distance = np.float32([[1.0, 2.0, 4.0, np.inf, np.nan, 0.0]])
+    known = DEPTH.extract(images(1, 1, 6), {"distance": distance[None]})[0]
+    np.testing.assert_array_equal(known, [[65535, 32768, 16384, 0, 0, 0]])
+    np.testing.assert_array_equal(DEPTH.parse(distance, invert=True), known)
+    millimetres = np.uint16([[1000, 2000, 4000, 0, 0, 0]])  # as depth cameras store them
+    np.testing.assert_array_equal(DEPTH.parse(millimetres, invert=True), known)
+    with pytest.raises(ValueError, match="no map of distance, in grey"):
+        DEPTH.parse(np.random.default_rng(0).random((4, 4, 3)), invert=True)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_what_is_transparent_is_far(invert):
+    shades = np.tile(np.arange(50, 250, 10, dtype=np.uint8), (4, 1))
+    image = np.dstack([*[shades] * 3, np.full_like(shades, 255)])
+    image[0] = 255 * (not invert), 255 * (not invert), 255 * (not invert), 0
+    stored = DEPTH.parse(image, invert=invert)
+    assert not stored[0].any()
+    np.testing.assert_array_equal(stored[1:], DEPTH.parse(shades[1:], invert=invert))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1", "I;16"])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, ImageFilter
 from skimage import data
 
 from composer_jax.conditions import base
@@ -134,6 +134,41 @@ def test_large_ids_colours_and_transparency_are_numbered(tmp_path):
     assert INSTANCES.parse(tmp_path / "ids.npy")["ids"].tolist() == [[0, 1], [1, 2]]
     assert INSTANCES.parse(np.array([[True, False]]))["ids"].tolist() == [[1, 0]]
     assert INSTANCES.parse(np.eye(3, dtype=bool)[:, None])["ids"].tolist() == [[1, 2, 3]]
+
+
+def smoothings():
+    """Two things on black, in grey and in colours, as editors smooth them."""
+    ids = np.zeros((64, 64), np.uint8)
+    ids[8:30, 8:40], ids[36:60, 20:60] = 120, 250
+    colours = np.stack([ids, 255 - ids, ids // 2], axis=-1) * (ids > 0)[..., None]
+    for image in (Image.fromarray(ids), Image.fromarray(colours)):
+        yield image.filter(ImageFilter.GaussianBlur(1))
+        yield image.resize((150, 150), Image.Resampling.BICUBIC)
+        yield image.resize((40, 40), Image.Resampling.LANCZOS)
+        yield image.resize((256, 256), Image.Resampling.BILINEAR)
+
+
+@pytest.mark.parametrize("smoothed", list(smoothings()))
+def test_blends_along_borders_are_no_instances_and_said(tmp_path, smoothed, caplog):
+    smoothed.save(tmp_path / "ids.png")
+    stored = INSTANCES.parse(tmp_path / "ids.png")
+    (record,) = caplog.records
+    assert "ids.png" in record.getMessage() and "anti-aliasing" in record.getMessage()
+    assert sorted(np.unique(stored["ids"])) == [0, 1, 2]
+    scale = smoothed.height / 64
+    for row, column in ((19, 24), (48, 40)):
+        assert stored["ids"][int(row * scale), int(column * scale)] > 0
+    sides, area = 2 * (22 + 32 + 24 + 40) * scale, (22 * 32 + 24 * 40) * scale**2
+    assert abs(np.sum(stored["ids"] > 0) - area) < sides  # borders are right to a pixel
+
+
+def test_thin_things_stay_instances(caplog):
+    ids = np.zeros((32, 32), np.uint8)
+    ids[4:12, 4:12], ids[20:28], ids[15], ids[:, 30], ids[2, 2:4] = 9, 20, 3, 5, 7
+    np.testing.assert_array_equal(INSTANCES.parse(ids)["ids"], ids)
+    ramp = np.tile(np.arange(31, dtype=np.uint8), (4, 1))
+    np.testing.assert_array_equal(INSTANCES.parse(ramp)["ids"], ramp)
+    assert not caplog.records
 
 
 def test_a_photo_is_no_id_map_but_a_segmenter_takes_it(tmp_path):

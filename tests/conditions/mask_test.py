@@ -179,11 +179,63 @@ def test_image_and_mask_files(mask, tmp_path):
         np.testing.assert_array_equal(stored["keep"], keep)
 
 
+def test_white_is_filled_anew_as_in_every_region(mask, tmp_path, caplog):
+    image = data.chelsea()[:60:2, :80:2]
+    region = np.zeros(image.shape[:2], np.uint8)
+    region[10:] = 255
+    painted = np.dstack([*[np.full_like(region, 255)] * 3, region])  # the rest is transparent
+    for name, array in {"image": image, "region": region, "painted": painted}.items():
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    np.save(tmp_path / "region.npy", region > 0)
+    files = [f"{tmp_path}/image.png:region={tmp_path}/{name}" for name in
+             ("region.png", "painted.png", "region.npy")]  # fmt: skip
+    arrays = [{"image": image, "region": array} for array in (region, painted, region / 255.0)]
+    for source in (*files, *arrays):
+        stored = mask.parse(source)
+        np.testing.assert_array_equal(stored["image"], image)
+        np.testing.assert_array_equal(stored["keep"], 255 - region)
+    assert not caplog.records
+    for old in (f"{tmp_path}/image.png:{tmp_path}/painted.png", (image, painted / 255.0)):
+        caplog.clear()
+        np.testing.assert_array_equal(mask.parse(old)["keep"], region)
+        (record,) = caplog.records
+        assert "white stays; write IMAGE:region=PNG" in record.getMessage()
+
+
+def test_no_colour_comes_out_of_the_hole(mask):
+    image = np.full((90, 120, 3), (10, 200, 30), np.uint8)
+    keep = np.full(image.shape[:2], 255, np.uint8)
+    image[20:60, 31:77], keep[20:60, 31:77] = (255, 0, 0), 0
+    for size in ((32, 32), (41, 64), (200, 200)):
+        fitted = mask.fit({"image": image, "keep": keep}, size)
+        kept = fitted["keep"] > 127
+        assert np.unique(fitted["image"][kept], axis=0).tolist() == [[10, 200, 30]]
+        assert (fitted["image"][~kept] == (255, 0, 0)).all(axis=1).any()
+    nothing = mask.fit({"image": image, "keep": 0 * keep}, (32, 32))
+    assert not nothing["keep"].any()
+
+
+def test_what_fits_no_mask_is_named(mask, tmp_path):
+    image = np.zeros((8, 8, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    for source, message in (
+        (f"{tmp_path}/a.png:regoin={tmp_path}/a.png", "no 'regoin'.*did you mean 'region'"),
+        ({"image": image}, "image is given; image and region"),
+        ({"image": image, "hole": image}, "image, hole is given"),
+        ({"image": image, "keep": np.full((8, 8), np.nan)}, "values from nan"),
+        ({"image": image, "keep": np.full((8, 8), -1)}, "values from -1"),
+        ({"image": image, "region": np.zeros((8, 8, 5))}, "shape"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            mask.parse(source)
+        assert "\n" not in str(error.value)
+
+
 def test_mistakes_are_named(mask, tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(np.zeros((8, 30, 3), np.uint8)).save(tmp_path / "wide.png")
     for source, message in {
-        f"{tmp_path}/a.png": r"a\.png has no transparency; allowed: IMAGE:MASK",
+        f"{tmp_path}/a.png": r"a\.png has no transparency; allowed: IMAGE:region=PNG",
         f"{tmp_path}/a.png:{tmp_path}/none.png": r"none\.png does not exist",
         f"{tmp_path}/none.png": r"none\.png does not exist",
         f"{tmp_path}/a.png:{tmp_path}/wide.png": r"mask has shape \(8, 30\), the image \(8, 8\)",

@@ -122,6 +122,23 @@ def test_grey_rgba_and_16_bit_files(palette, tmp_path):
     assert grey[: BINS - 13].sum() < 0.01  # greys only, up to codewords that are all but grey
 
 
+def test_pixels_count_by_their_alpha(palette, tmp_path):
+    image = np.zeros((8, 8, 4), np.uint8)
+    image[:2], image[2:4] = (255, 0, 0, 255), (0, 0, 255, 51)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    for source in (image, image / 255.0, tmp_path / "a.png"):
+        np.testing.assert_allclose(palette.parse(source), palette.parse("#f00:5,#00f:1"), atol=1e-6)
+    grey = np.dstack([np.full((4, 4), 255), np.eye(4) * 255]).astype(np.uint8)
+    np.testing.assert_array_equal(palette.parse(grey), palette.parse("white"))
+    with pytest.raises(ValueError, match="transparent all over"):
+        palette.parse(image * np.uint8([1, 1, 1, 0]))
+
+
+def test_a_rendered_palette_is_read_back(palette):
+    for histogram in (*np.eye(BINS), palette.extract(data.coffee()[None, ::8, ::8])[0]):
+        np.testing.assert_allclose(palette.parse(palette.render(histogram)), histogram, atol=2**-14)
+
+
 def test_hex_colours_and_weights(palette):
     weighted = palette.parse("#d62828:0.6,#003049:0.4")
     assert sorted(weighted[weighted > 0]) == pytest.approx([0.4, 0.6])

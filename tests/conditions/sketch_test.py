@@ -133,6 +133,62 @@ def test_what_render_shows_parse_reads(sketch, tmp_path, size):
     assert not sketch.parse(np.full((9, 9, 3), 255, np.uint8)).any()
 
 
+def drawn(size=256):
+    """Black lines on white paper, uint8 [size, size], and what they are as stored."""
+    paper = np.full((size, size), 255, np.uint8)
+    cv2.line(paper, (30, 40), (200, 220), 0, 1)
+    cv2.circle(paper, (150, 90), 50, 0, 1)
+    return paper, 255 - paper
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda paper: paper,
+        lambda paper: 255 - paper,
+        lambda paper: np.repeat(paper[..., None], 3, axis=2),
+        lambda paper: paper > 0,
+        lambda paper: paper == 0,
+        lambda paper: paper / 255.0,
+        lambda paper: paper.astype(np.uint16) * 257,
+        lambda paper: (paper == 0).astype(np.uint8),
+        lambda paper: (paper > 0).astype(np.int64),
+        lambda paper: paper.astype(np.int64)[..., None],
+        lambda paper: np.dstack([0 * paper, 255 - paper]),  # black ink on nothing
+        lambda paper: np.dstack([0 * paper + 255, 255 - paper]),  # white ink on nothing
+        lambda paper: np.dstack([*[0 * paper + c for c in (9, 99, 200)], 255 - paper]) / 255.0,
+        lambda paper: np.dstack([*[paper] * 3, 255 + 0 * paper]),
+    ],
+)
+def test_a_drawing_is_one_drawing_as_any_kind_of_array(sketch, tmp_path, kind):
+    paper, lines = drawn()
+    array = kind(paper)
+    np.testing.assert_array_equal(sketch.parse(array), lines)
+    np.save(tmp_path / "a.npy", array)
+    np.testing.assert_array_equal(sketch.parse(tmp_path / "a.npy"), lines)
+    if array.dtype == np.uint8 and array.max() == 255:
+        Image.fromarray(array).save(tmp_path / "a.png")
+        np.testing.assert_array_equal(sketch.parse(tmp_path / "a.png"), lines)
+
+
+@pytest.mark.parametrize("ground", [0, 255])
+def test_what_is_transparent_around_a_drawing_is_its_ground(sketch, ground):
+    paper, lines = drawn()
+    image = np.dstack([*[paper if ground else 255 - paper] * 3, np.full_like(paper, 255)])
+    image[:30] = 255 - ground
+    image[:30, :, 3] = 0
+    np.testing.assert_array_equal(sketch.parse(image), lines)
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_a_thing_on_nothing_has_its_outline(sketch, level):
+    image = np.zeros((64, 64, 4), np.uint8)
+    image[16:48, 20:40] = (level, level, level, 255)
+    outline = np.zeros((64, 64), np.uint8)
+    cv2.rectangle(outline, (20, 16), (39, 47), 255)
+    assert near(sketch.parse(image), outline) == 1 and near(outline, sketch.parse(image)) == 1
+
+
 def test_a_wide_drawing_in_black_and_white_becomes_thin_lines(sketch):
     paper = np.full((256, 256, 3), 255, np.uint8)
     cv2.line(paper, (40, 128), (216, 128), (0, 0, 0), 6)

@@ -14,8 +14,8 @@ def batch():
 def test_shapes_and_ranges(batch):
     given = batch["given"]
     assert batch["image"].shape == (32, 32, 32, 3) and batch["image"].dtype == np.uint8
-    assert given["depth"].shape == given["instances"].shape == (32, 32, 32)
-    assert np.all(given["depth"] > 0) and np.isinf(given["depth"]).any()
+    assert given["distance"].shape == given["instances"].shape == (32, 32, 32)
+    assert np.all(given["distance"] > 0) and np.isinf(given["distance"]).any()
     assert given["instances"].min() == 0 and given["instances"].max() <= MOST
 
 
@@ -29,7 +29,7 @@ def test_a_scene_depends_on_seed_and_index_alone(batch):
 
 def test_every_object_is_seen_and_objects_stand_before_the_sky(batch):
     for ids, depth, facts in zip(
-        batch["given"]["instances"], batch["given"]["depth"], batch["facts"], strict=True
+        batch["given"]["instances"], batch["given"]["distance"], batch["facts"], strict=True
     ):
         assert set(np.unique(ids)) - {0} <= set(range(1, len(facts["objects"]) + 1))
         assert np.all(np.isfinite(depth[ids > 0]))
