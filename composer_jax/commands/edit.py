@@ -18,7 +18,7 @@ from composer_jax.commands.sample import (
     sampling_options,
     switched,
 )
-from composer_jax.commands.unused import tell, tell_tools
+from composer_jax.commands.unused import check_switches, tell, tell_tools
 from composer_jax.conditions.image import load_rgba
 from composer_jax.data.tools import load_tools
 from composer_jax.evaluation.pictures import grid, save_png
@@ -92,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if "given" in task.needs and not given:
         raise ValueError(f"{args.task} needs what to change, as --palette or --caption")
+    for prefix in ("", "own."):
+        check_switches(args, prefix)
     settings = _settings(args, task)
     if (args.out / "0000.png").exists():
         raise ValueError(f"{args.out} holds images already; give another --out")

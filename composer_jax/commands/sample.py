@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from composer_jax import conditions
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
-from composer_jax.commands.unused import check_conditions, tell, tell_tools
+from composer_jax.commands.unused import check_conditions, check_switches, tell, tell_tools
 from composer_jax.conditions.decompose import decompose, known_alpha
 from composer_jax.conditions.image import fit_map, load_rgba, on_white
 from composer_jax.data.tools import load_tools
@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
     if args.previews is not None and args.previews < 1:
         raise ValueError(f"--previews is {args.previews}; it must be at least 1")
     check_conditions(args, wanted)
+    check_switches(args)
     options = sampling_options(args)
     pipe = open_pipeline(args)
     uses = pipe.uses(_given(args, pipe, wanted))
@@ -250,10 +251,6 @@ def switched(
     on = {s: True for s in condition.switches if options[f"{prefix}{name}.{s}"]}
     if not on:
         return values
-    if all(value is None for value in values):
-        raise ValueError(
-            f"--{prefix}{name}.{next(iter(on))} is for --{keys[0]}, which is not given"
-        )
     tool = pipe.tool(name)
     return [None if value is None else condition.parse(value, tool, **on) for value in values]
 
