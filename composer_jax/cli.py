@@ -87,6 +87,12 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"composer: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:  # of numpy, of XLA
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")[:300]
+        print(f"composer: out of memory: {reason}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("composer: interrupted", file=sys.stderr)
         return 130

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from composer_jax.commands import arguments
 from composer_jax.commands.sample import (
     add_program_arguments,
     open_pipeline,
@@ -15,7 +15,9 @@ from composer_jax.diffusion.guidance import BUCKETS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--out", type=Path, help="folder to write (default: MODEL/programs)")
+    parser.add_argument(
+        "--out", type=arguments.folder, help="folder to write (default: MODEL/programs)"
+    )
     parser.add_argument(
         "--rows",
         type=int,

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from composer_jax.commands import arguments
 from composer_jax.commands.unused import tell
 from composer_jax.models.clip import open_clip
 from composer_jax.models.dpt_files import is_dpt, open_dpt
@@ -53,8 +54,10 @@ class Output:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("source", help="directory, .safetensors file or hub name")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write into")
+    parser.add_argument(
+        "source", type=arguments.text, help="directory, .safetensors file or hub name"
+    )
+    parser.add_argument("--out", required=True, type=arguments.folder, help="folder to write into")
     parser.add_argument("--to", choices=("ours", "diffusers"), default="ours", help="layout")
     parser.add_argument("--only", choices=tuple(KINDS), help="of a source that has several")
     parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: as they are)")

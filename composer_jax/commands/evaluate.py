@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from composer_jax import conditions
+from composer_jax.commands import arguments
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
 from composer_jax.commands.sample import add_sampling_arguments, open_pipeline, sampling_options
 from composer_jax.commands.unused import tell, tell_tools
@@ -50,20 +50,32 @@ Load = Callable[[Cell], list[np.ndarray]]  # of a cell: its samples, for each se
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--out", required=True, type=Path, help="folder to write; resumes there")
     parser.add_argument(
-        "--source", default="scenes", help="of the images (default: held-out scenes)"
+        "--out", required=True, type=arguments.folder, help="folder to write; resumes there"
+    )
+    parser.add_argument(
+        "--source",
+        type=arguments.source,
+        default="scenes",
+        help="of the images (default: held-out scenes)",
     )
     parser.add_argument(
         "--source-seed",
-        type=int,
+        type=arguments.seed,
         default=0,
         help="of held-out scenes; of which images of another source, in which order (default 0)",
     )
-    parser.add_argument("--count", type=int, default=256, help="images (default 256)")
-    parser.add_argument("--seeds", type=int, default=4, help="samples of each image (default 4)")
     parser.add_argument(
-        "--few", type=int, default=64, help="images for all but conditions alone (default 64)"
+        "--count", type=arguments.whole(2), default=256, help="images (default 256)"
+    )
+    parser.add_argument(
+        "--seeds", type=arguments.count, default=4, help="samples of each image (default 4)"
+    )
+    parser.add_argument(
+        "--few",
+        type=arguments.whole(2),
+        default=64,
+        help="images for all but conditions alone (default 64)",
     )
     parser.add_argument(
         "--experiments",

@@ -5,32 +5,48 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import jax
 
-from composer_jax.commands.train import take_rest  # noqa: F401  (the command line's part)
+from composer_jax.commands import arguments
+from composer_jax.commands.arguments import take_rest  # noqa: F401 (the cli calls it)
 from composer_jax.commands.unused import tell, tell_keys
 from composer_jax.models.unet import REMAT
 from composer_jax.training.config import load_config
 from composer_jax.training.hardware import Chip, devices_of
 from composer_jax.training.plan import Cost, known_chip, largest, plan
+from composer_jax.training.schema import BATCH
 from composer_jax.training.sharding import make_mesh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; `--config.KEY=VALUE` is taken by `take_rest`."""
-    parser.add_argument("--config", required=True, help="NAME[:variant] or FILE.py[:variant]")
     parser.add_argument(
-        "--topology", required=True, help="v5p:2x2x1, v5e:4x4, v6e:4x4, ...; or 'here'"
+        "--config", required=True, type=arguments.text, help="NAME[:variant] or FILE.py[:variant]"
     )
     parser.add_argument(
-        "--batch", default="", help="over all devices (default: the config's); 'auto': what fits"
+        "--topology",
+        required=True,
+        type=arguments.text,
+        help="v5p:2x2x1, v5e:4x4, v6e:4x4, ...; or 'here'",
     )
-    parser.add_argument("--images", type=float, help="to train on (default: the config's steps)")
-    parser.add_argument("--price", type=float, default=0.0, help="of a device's hour")
-    parser.add_argument("--json", type=Path, help="file to write the same numbers to")
+    parser.add_argument(
+        "--batch", type=_batch, help="over all devices (default: the config's); 'auto': what fits"
+    )
+    parser.add_argument(
+        "--images",
+        type=arguments.number(0.0, 1e18, above=True),
+        help="to train on (default: the config's steps)",
+    )
+    parser.add_argument(
+        "--price", type=arguments.number(0.0, 1e9), default=0.0, help="of a device's hour"
+    )
+    parser.add_argument("--json", type=arguments.file, help="file to write the same numbers to")
     parser.epilog = "--config.KEY=VALUE sets a key of the config, for example --config.remat=blocks"
+
+
+def _batch(text: str) -> int | str:
+    return text if text == "auto" else arguments.value(BATCH)(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,8 +55,6 @@ def run(args: argparse.Namespace) -> None:
     tell_keys(config, args.overrides, "plan")
     if config.task != "composer":
         raise ValueError(f"{args.config} trains a {config.task}; plans are made for composers")
-    if args.batch not in ("", "auto") and not args.batch.isdecimal():
-        raise ValueError(f"--batch {args.batch}: a number of examples, or auto")
     # a program out of the cache has neither a text nor a time that it took to compile
     jax.config.update("jax_enable_compilation_cache", False)
     devices = devices_of(args.topology)
@@ -55,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if args.batch == "auto":
         cost, larger = _auto(config, devices, mesh.shape["data"] * mesh.shape["fsdp"], chip)
     else:
-        batch = int(args.batch or config.batch)
+        batch = args.batch or config.batch
         cost, larger = _announced(config, devices, batch), None
     report = head | cost.to_dict(chip)
     report |= _run(report, args.images or config.steps * config.batch, args.price)

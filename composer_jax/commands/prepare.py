@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from composer_jax.commands.train import take_rest  # noqa: F401 (the cli calls it)
+from composer_jax.commands import arguments
+from composer_jax.commands.arguments import take_rest  # noqa: F401 (the cli calls it)
 from composer_jax.commands.unused import tell, tell_keys
 from composer_jax.data import cache
 from composer_jax.data.extractors import Extractors, load_extractors
@@ -31,13 +32,28 @@ SHARES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; `--config.KEY=VALUE` is taken by `take_rest`."""
-    parser.add_argument("source", help="scenes[:COUNT], folder:PATH, tar:GLOB, tfds:NAME[:split]")
-    parser.add_argument("--out", type=Path, required=True, help="the cache; goes on where it was")
-    parser.add_argument("--config", default="scenes64", help="the config that trains (scenes64)")
+    parser.add_argument(
+        "source",
+        type=arguments.source,
+        help="scenes[:COUNT], folder:PATH, tar:GLOB, tfds:NAME[:split]",
+    )
+    parser.add_argument(
+        "--out", type=arguments.folder, required=True, help="the cache; goes on where it was"
+    )
+    parser.add_argument(
+        "--config",
+        type=arguments.text,
+        default="scenes64",
+        help="the config that trains (scenes64)",
+    )
     parser.add_argument("--crop", choices=("centre", "random"), default="centre")
     parser.add_argument("--flip", action="store_true", help="mirror every other image")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, crops and flips (0)")
-    parser.add_argument("--shard-size", type=int, default=1024, help="images a shard (1024)")
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="of scenes, crops and flips (0)"
+    )
+    parser.add_argument(
+        "--shard-size", type=arguments.count, default=1024, help="images a shard (1024)"
+    )
     parser.epilog = (
         "Several processes share the work where the environment says how many there are: "
         "COMPOSER_PROCESS and COMPOSER_PROCESSES, a SLURM array or step, an indexed Kubernetes job."
@@ -53,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
     drawn = args.source.startswith("scenes") or args.crop == "random" or args.flip
     if "--seed" in args.typed and not drawn:
         tell("--seed", "crops are of the centre, and nothing is mirrored")
-    if args.shard_size < 1:
-        raise ValueError(f"--shard-size {args.shard_size}: at least 1")
     index, count = share(os.environ)
     crop = Crop(args.crop == "random", args.flip, args.seed)
     source = open_source(args.source, size=config.image_size, seed=args.seed, crop=crop)

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from composer_jax import conditions
+from composer_jax.commands import arguments
 from composer_jax.conditions.decompose import decompose
 from composer_jax.data.sources import open_source
 from composer_jax.data.tools import load_tools
@@ -39,8 +40,12 @@ SHOWN, COUNT = 6, 16  # scenes in pictures, scenes in numbers
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to write")
-    parser.add_argument("--config", default="scenes64:quick", help="what to train")
+    parser.add_argument(
+        "--out", type=arguments.folder, default="quickstart", help="folder to write"
+    )
+    parser.add_argument(
+        "--config", type=arguments.text, default="scenes64:quick", help="what to train"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from composer_jax import conditions
+from composer_jax.commands import arguments
+from composer_jax.commands.arguments import setting
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
 from composer_jax.commands.unused import check_conditions, check_switches, tell, tell_tools
 from composer_jax.conditions.decompose import decompose, known_alpha
@@ -33,17 +35,24 @@ SHOWN = 64  # images in grid.png and in the report
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; those of conditions are generated from the registry."""
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--out", required=True, type=arguments.folder, help="folder to write")
     parser.add_argument(
-        "--from", dest="image", help="an image, of whose middle conditions are taken"
+        "--from",
+        dest="image",
+        type=arguments.path,
+        help="an image, of whose middle conditions are taken",
     )
-    parser.add_argument("--use", help="which conditions to take from it, separated by commas")
-    parser.add_argument("--count", type=int, default=4, help="how many images (default 4)")
+    parser.add_argument(
+        "--use", type=arguments.names, help="which conditions to take from it, separated by commas"
+    )
+    parser.add_argument(
+        "--count", type=arguments.count, default=4, help="how many images (default 4)"
+    )
     parser.add_argument(
         "--report", action="store_true", help="measure how images obey; report.html"
     )
     parser.add_argument(
-        "--previews", type=int, metavar="K", help="OUT/previews, every K evaluations"
+        "--previews", type=arguments.count, metavar="K", help="OUT/previews, every K evaluations"
     )
     add_sampling_arguments(parser)
     add_tool_arguments(parser)
@@ -51,41 +60,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(name, conditions.get(name).doc)
         group.add_argument(f"--{name}", metavar="VALUE")
         add_switches(group, name)
-        group.add_argument(f"--{name}.strength", type=float, metavar="0..1", default=1.0)
-        group.add_argument(f"--{name}.window", type=_span, metavar="START:END", default=(0, 1))
-        group.add_argument(f"--{name}.scale", type=float, metavar="WEIGHT")
-        group.add_argument(f"--{name}.region", metavar="PNG", help="white where it acts")
+        group.add_argument(f"--{name}.strength", type=arguments.share, metavar="0..1", default=1.0)
+        group.add_argument(
+            f"--{name}.window", type=arguments.span, metavar="START:END", default=(0, 1)
+        )
+        group.add_argument(f"--{name}.scale", type=arguments.setting("guidance"), metavar="WEIGHT")
+        group.add_argument(
+            f"--{name}.region", type=arguments.path, metavar="PNG", help="white where it acts"
+        )
         group.add_argument(f"--{name}.negative", metavar="VALUE", help="to move away from")
 
 
 def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and of how it is sampled what compiles a program of its own."""
-    parser.add_argument("--model", help="model directory or training workdir (default: bundled)")
-    parser.add_argument("--guide", help="a weaker model, for --autoguidance")
-    parser.add_argument("--size", type=int, help="of the images in pixels (default: the model's)")
+    parser.add_argument(
+        "--model",
+        type=arguments.text,
+        help="model directory or training workdir (default: bundled)",
+    )
+    parser.add_argument("--guide", type=arguments.text, help="a weaker model, for --autoguidance")
+    parser.add_argument(
+        "--size", type=arguments.size, help="of the images in pixels (default: the model's)"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="(default: bfloat16 on accelerators, float32 on CPU)"
     )
-    parser.add_argument("--batch", type=int, help="images at a time")
-    parser.add_argument("--steps", type=int, help="solver steps (default: the model's)")
+    parser.add_argument("--batch", type=setting("batch"), help="images at a time")
+    parser.add_argument(
+        "--steps", type=setting("steps"), help="solver steps (default: the model's)"
+    )
     parser.add_argument("--solver", choices=SOLVERS, help="(default: the model's)")
-    parser.add_argument("--eta", type=float, help="noise of solver ddim, 0 to 1")
+    parser.add_argument("--eta", type=setting("eta"), help="noise of solver ddim, 0 to 1")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and how it is sampled: the fields of `Options`."""
     add_program_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on seed and i alone")
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="image i depends on seed and i alone"
+    )
     parser.add_argument("--spacing", choices=SPACINGS, help="of the grid of times")
-    parser.add_argument("--steps-offset", type=int, help="of leading spacing: its last step")
+    parser.add_argument(
+        "--steps-offset", type=setting("steps_offset"), help="of leading spacing: its last step"
+    )
     parser.add_argument("--final", choices=FINALS, help="noise that the grid ends at")
     parser.add_argument(
-        "--shift", type=float, help="of the flow schedule's times, above 1 to noise"
+        "--shift", type=setting("shift"), help="of the flow schedule's times, above 1 to noise"
     )
-    parser.add_argument("--guidance", type=float, help="guidance weight, 1 for none")
-    parser.add_argument("--interval", type=_span, metavar="START:END", help="where guidance acts")
-    parser.add_argument("--rescale", type=float, help="guidance's contrast taken back, 0 to 1")
-    parser.add_argument("--autoguidance", type=float, help="weight against the guide, 1 for none")
+    parser.add_argument("--guidance", type=setting("guidance"), help="guidance weight, 1 for none")
+    parser.add_argument(
+        "--interval", type=setting("interval"), metavar="START:END", help="where guidance acts"
+    )
+    parser.add_argument(
+        "--rescale", type=setting("rescale"), help="guidance's contrast taken back, 0 to 1"
+    )
+    parser.add_argument(
+        "--autoguidance", type=setting("autoguidance"), help="weight against the guide, 1 for none"
+    )
 
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:
@@ -110,15 +141,9 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Writes OUT/0000.png ... and OUT/grid.png; images of the same call are not made again."""
-    if args.count < 1:
-        raise ValueError(f"--count is {args.count}; it must be at least 1")
     if bool(args.image) != bool(args.use):
         raise ValueError("--from IMAGE and --use CONDITIONS go together")
-    wanted = args.use.split(",") if args.use else []
-    for name in wanted:
-        conditions.get(name)
-    if args.previews is not None and args.previews < 1:
-        raise ValueError(f"--previews is {args.previews}; it must be at least 1")
+    wanted = list(args.use or ())
     check_conditions(args, wanted)
     check_switches(args)
     options = sampling_options(args)
@@ -258,11 +283,3 @@ def switched(
 def read_region(path: str) -> np.ndarray:
     """A picture as float32 [H, W] in [0, 1]: white where a use acts, not what is transparent."""
     return conditions.load_region(path)
-
-
-def _span(text: str) -> tuple[float, float]:
-    start, colon, stop = text.partition(":")
-    try:
-        return float(start), float(stop if colon else "nothing")
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: START:END is wanted, as in 0:0.6") from None

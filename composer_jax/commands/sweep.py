@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from composer_jax.commands import train
+from composer_jax.commands import arguments
 from composer_jax.commands.prepare import share
 from composer_jax.commands.unused import tell
 from composer_jax.evaluation.sweeps import FAILED, MEASURED, TRAINED, Table, results
@@ -27,14 +27,20 @@ POOLS = "pools"  # in OUT: what sources are taken apart into, once for all runs
 # what the share of this process is told by is not for the runs, each of which is a job alone
 OURS = ("COMPOSER_PROCESS", "COMPOSER_PROCESSES")
 
-take_rest = train.take_rest
+take_rest = arguments.take_rest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; `--config.KEY=VALUE` is taken by `take_rest`."""
-    parser.add_argument("--config", required=True, help="ablations/NAME, or FILE.py")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write; resumes there")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument(
+        "--config", required=True, type=arguments.text, help="ablations/NAME, or FILE.py"
+    )
+    parser.add_argument(
+        "--out", required=True, type=arguments.folder, help="folder to write; resumes there"
+    )
+    parser.add_argument(
+        "--jobs", type=arguments.whole(1, 1000), default=1, help="runs at a time (default 1)"
+    )
     parser.add_argument("--list", action="store_true", help="print the runs, start nothing")
     parser.add_argument("--table", action="store_true", help="only write the table of what is done")
     parser.epilog = (
@@ -50,8 +56,6 @@ def run(args: argparse.Namespace) -> int:
     Returns 1 where a run failed, else 0.
     """
     sweep = load_sweep(args.config, args.overrides)
-    if args.jobs < 1:
-        raise ValueError(f"--jobs is {args.jobs}; at least 1 is wanted")
     if args.list and args.table:
         raise ValueError("--list and --table are both given; one of them")
     if "--jobs" in args.typed and (args.list or args.table):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import signal
 from pathlib import Path
@@ -12,35 +13,38 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from composer_jax import conditions
+from composer_jax.commands import arguments
+from composer_jax.commands.arguments import take_rest  # noqa: F401 (the cli calls it)
 from composer_jax.commands.unused import tell_keys
 from composer_jax.diffusion import Use
 from composer_jax.evaluation.pictures import grid, save_png
 from composer_jax.training.cluster import gather, is_main, join, main_first, share
-from composer_jax.training.config import keep_config, load_config
+from composer_jax.training.config import check_kept, flat, keep_config, load_config
 from composer_jax.training.ema import snapshot_path, write_snapshot
 from composer_jax.training.held_out import held_out_loss
 from composer_jax.training.loop import Interrupted, Settings
 from composer_jax.training.loop import train as run_loop
 from composer_jax.training.optimizer import make_optimizer
+from composer_jax.training.schema import check_together, check_values
 from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import only
 from composer_jax.training.tasks import Task, make_task, open_data, pools_folder
+from composer_jax.utils.atomic import check_writable
 
-PREFIX = "--config."
+log = logging.getLogger("composer_jax")
+
 SHOWN = 8  # examples in a sample grid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; `--config.KEY=VALUE` is taken by `take_rest`."""
-    parser.add_argument("--config", required=True, help="NAME[:variant] or FILE.py[:variant]")
-    parser.add_argument("--workdir", required=True, type=Path, help="run folder; resumes there")
+    parser.add_argument(
+        "--config", required=True, type=arguments.text, help="NAME[:variant] or FILE.py[:variant]"
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=arguments.folder, help="run folder; resumes there"
+    )
     parser.epilog = "--config.KEY=VALUE sets a key of the config, for example --config.steps=100"
-
-
-def take_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
-    """Takes config overrides out of what is left on the command line."""
-    args.overrides = [word.removeprefix(PREFIX) for word in rest if word.startswith(PREFIX)]
-    return [word for word in rest if not word.startswith(PREFIX)]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,9 +74,16 @@ def run(args: argparse.Namespace) -> int:
 def train(config: ConfigDict, workdir: Path) -> Task:
     """Trains what `config` says in `workdir` and exports the model beside each checkpoint.
 
-    Raises ValueError for a config that cannot be run, `Interrupted` after a signal.
+    The config is kept in `workdir` once everything is checked, and binds the runs after it once
+    there is a checkpoint. Raises ValueError for a config that cannot be run, `Interrupted` after a
+    signal.
     """
+    check_values(flat(config))
+    check_together(config)
+    check_writable(workdir)
     source = open_data(config.source, config)
+    if config.held_out:  # one that is not there is said before the other is taken apart
+        open_data(config.held_out, config, split="test")
     settings = Settings(
         steps=config.steps,
         batch=config.batch,
@@ -90,9 +101,13 @@ def train(config: ConfigDict, workdir: Path) -> Task:
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
     share(make_mesh(**config.mesh), config.batch)  # what cannot be split is said before all else
     pools_folder(config, workdir)
+    if config.optimizer.warmup >= config.steps and is_main():
+        log.info("the learning rate still rises at the end: optimizer.warmup is %d of %d steps",
+                 config.optimizer.warmup, config.steps)  # fmt: skip
+    begun = any((workdir / "checkpoints").glob("[0-9]*")) or (workdir / "model").exists()
     with main_first():
-        if is_main():
-            keep_config(config, workdir)
+        if is_main() and begun:
+            check_kept(config, workdir)
         task = make_task(config, source, workdir)
     loss, optimizer = only(config.trainable, task.loss, optimizer)
 
@@ -125,15 +140,22 @@ def train(config: ConfigDict, workdir: Path) -> Task:
                 draw(step)
 
         hooks.append((config.sample_every, sample))
+
+    def begin():
+        if is_main():
+            if not begun:  # of a run that ended before its first checkpoint
+                (workdir / "config.json").unlink(missing_ok=True)
+            keep_config(config, workdir)
+
     about = [config.to_dict(), task.about]
-    run_loop(task.params, loss, optimizer, data.batch, settings, workdir, hooks, export, about)
+    run_loop(
+        task.params, loss, optimizer, data.batch, settings, workdir, hooks, export, about, begin
+    )
     return task
 
 
 def _snapshots(task: Task, workdir: Path):
     """A hook that keeps the averages by power functions, for `composer ema`."""
-    if task.tensors is None:
-        raise ValueError("ema_lengths are for composers; this config trains something else")
 
     def hook(step, state) -> None:
         for length, average in state.averages.items():

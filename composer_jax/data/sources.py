@@ -16,6 +16,7 @@ import numpy as np
 
 from composer_jax.conditions.base import meant
 from composer_jax.conditions.image import fit_photo, load_image
+from composer_jax.utils.values import whole
 
 log = logging.getLogger("composer_jax")
 TOLD = 20  # skipped images that the log names
@@ -78,12 +79,11 @@ def open_source(
     `split` "test" gives scenes of other seeds; other sources have one. `crop`: by default the
     centre. Raises ValueError, one line, for another kind, or one that cannot be opened.
     """
+    check_source(text)
     kind, _, rest = text.partition(":")
     if kind == "scenes":
         from composer_jax.data.scenes import Scenes
 
-        if rest and not (rest.isdigit() and int(rest) > 0):
-            raise ValueError(f"source {text!r}: scenes:COUNT takes a positive whole number")
         if crop and (crop.random or crop.flip):
             raise ValueError("scenes are not cropped or flipped: each is another already, and "
                              "captions say left and right")  # fmt: skip
@@ -95,12 +95,21 @@ def open_source(
         from composer_jax.data.archives import Tars
 
         return Tars(rest, size=size, crop=crop)
-    if kind == "tfds":
-        from composer_jax.data.archives import Tfds
+    from composer_jax.data.archives import Tfds
 
-        return Tfds(rest, size=size, crop=crop)
-    allowed = "scenes, scenes:COUNT, folder:PATH, tar:GLOB, tfds:NAME; for training cache:DIR"
-    raise ValueError(f"no source {text!r}{meant(kind, KINDS)}; allowed: {allowed}")
+    return Tfds(rest, size=size, crop=crop)
+
+
+def check_source(text: str) -> None:
+    """Raises ValueError, one line, where `text` is not written as a source is; looks at no file."""
+    kind, colon, rest = text.partition(":")
+    if kind not in KINDS or kind == "cache":
+        allowed = "scenes, scenes:COUNT, folder:PATH, tar:GLOB, tfds:NAME; for training cache:DIR"
+        raise ValueError(f"no source {text!r}{meant(kind, KINDS)}; allowed: {allowed}")
+    if kind == "scenes" and colon:
+        whole(1).parse(f"source {text!r}: the COUNT of scenes:COUNT", rest)
+    if kind != "scenes" and not rest.strip():
+        raise ValueError(f"source {text!r} lacks what comes after {kind}:")
 
 
 class Images(Source):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from composer_jax.diffusion import Use
-from composer_jax.diffusion.grids import FINALS, SPACINGS
-from composer_jax.diffusion.process import is_number, one_of
-from composer_jax.diffusion.solvers import SOLVERS
+from composer_jax.diffusion.process import one_of
+from composer_jax.diffusion.settings import check_settings
 
 GRID = ("spacing", "steps_offset", "final", "shift")  # fields that `Process.times` takes
 OUTPUTS = ("images", "latents")
@@ -47,20 +46,7 @@ class Options:
     batch: int | None = None
 
     def __post_init__(self):
-        one_of("solver", self.solver, SOLVERS)
-        one_of("spacing", self.spacing, SPACINGS)
-        one_of("final", self.final, FINALS)
-        for name in ("eta", "rescale"):
-            value = getattr(self, name)
-            if not (is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{name} is {value!r}; a number from 0 to 1 is wanted")
-        if self.eta and self.solver != "ddim":
-            raise ValueError(f"eta is for the solver ddim; {self.solver} takes none")
-        if not (is_number(self.start) and 0 < self.start <= 1):
-            raise ValueError(f"start is {self.start!r}; a number above 0, at most 1, is wanted")
-        for name, value in (("steps", self.steps), ("batch", self.batch)):
-            if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
-                raise ValueError(f"{name} is {value!r}; a whole number from 1 is wanted")
+        check_settings(asdict(self))
 
     def but(self, **changes: Any) -> Options:
         """The same with what is not None of `changes`; raises ValueError for an unknown name.

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
-import json
+import inspect
 import pkgutil
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from composer_jax.conditions.base import meant
+from composer_jax.training.schema import check_together, check_values
+from composer_jax.utils.atomic import write_json
+from composer_jax.utils.claims import differing, plain, read_claim
 
 # what may change when a run goes on; everything else would make it another run
 MAY_CHANGE = (
@@ -36,19 +43,6 @@ MAY_CHANGE = (
     "snapshot_every",
 )
 STAY = ("optimizer.name", "optimizer.mu_dtype")  # of these: what an optimizer's state is made of
-# numbers under these divide by zero or train nothing
-LEAST = {
-    "seed": 0,
-    "image_size": 1,
-    "steps": 1,
-    "batch": 1,
-    "log_every": 1,
-    "save_every": 1,
-    "snapshot_every": 1,
-    "held_out_every": 1,
-    "sample_every": 0,  # never
-    "altered": 0,
-}
 
 
 def defaults() -> ConfigDict:
@@ -88,8 +82,8 @@ def defaults() -> ConfigDict:
 def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The config that `NAME[:variant]` or `FILE.py[:variant]` names, with `key=value` overrides.
 
-    Raises ValueError, one line, for an unknown config, variant or key, or a value of another type
-    or under the least that makes sense.
+    Raises ValueError, one line, for an unknown config, variant or key, a file that makes no config,
+    or a value that `training/schema.py` does not allow.
     """
     path, _, variant = text.partition(":")
     if path.endswith(".py"):
@@ -102,64 +96,110 @@ def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
             raise ValueError(f"no config {path!r}{meant(path, known)}; there are "
                              f"{', '.join(known)}, or give a .py file")  # fmt: skip
         module = importlib.import_module(f"composer_jax.configs.{path}")
-    config = module.get_config(variant).lock()
+    config = called(module, "get_config", path, *([variant] if variant else []))
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"{path}: get_config() returns a {type(config).__name__}; an ml_collections ConfigDict "
+            "is wanted, as training.config.defaults() gives"
+        )
+    with explained(path):
+        config = ConfigDict(config)  # no longer frozen or locked
+        for key, value in flat(config).items():
+            if hasattr(value, "tolist"):  # numpy's
+                _set(config, key, value.tolist())
     for override in overrides:
         _override(config, override)
-    for key, least in LEAST.items():
-        if config.get(key, least) < least:
-            raise ValueError(f"config key {key} is {config[key]}; at least {least} is wanted")
-    return config
+    check_values(flat(config))
+    check_together(config)
+    return config.lock()
+
+
+def called(module: ModuleType, name: str, path: str, *arguments: str) -> Any:
+    """What a function of a config or sweep file returns; raises ValueError, one line naming the
+    file and its line, where it has none or it fails."""
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{path} has no {name}()")
+    if arguments and not inspect.signature(function).parameters:
+        raise ValueError(f"{path} has no variants, and {arguments[0]!r} is asked for")
+    with explained(path):
+        return function(*arguments) if arguments or not _needed(function) else function("")
+
+
+def _needed(function: Callable) -> bool:
+    """Whether a function cannot be called without arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+               for p in parameters)  # fmt: skip
 
 
 def python_file(path: str) -> ModuleType:
-    """The module that a .py file makes; raises ValueError where there is none."""
+    """The module that a .py file makes; raises ValueError, one line naming the file and its line,
+    where there is none or it fails."""
     if not Path(path).is_file():
         raise ValueError(f"config file {path} does not exist")
     spec = importlib.util.spec_from_file_location("composer_config", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with explained(path):
+        spec.loader.exec_module(module)
     return module
 
 
+@contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turns an error of somebody's .py file into a ValueError that names its line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not path.endswith(".py"):  # ours
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).resolve() == Path(path).resolve()]
+        kind, reason = f"{type(error).__name__}: ", str(error)
+        if isinstance(error, SyntaxError):
+            lines, reason = [error.lineno], error.msg
+        elif isinstance(error, ValueError):
+            kind = ""
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"{path}{where}: {kind}{reason}") from error
+
+
 def _override(config: ConfigDict, override: str) -> None:
-    key, equals, value = override.partition("=")
+    """Sets the key that `KEY=VALUE` names."""
+    key, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"--config.{key} wants a value: --config.{key}=VALUE")
+    values = flat(config)
+    if key not in values:
+        if group := [name for name in values if name.startswith(f"{key}.")]:
+            raise ValueError(f"config key {key} is a group; set one of {', '.join(group)}")
+        raise ValueError(
+            f"the config has no key {key!r}{meant(key, list(values))}; it has {', '.join(values)}"
+        )
+    _set(config, key, _read(text, values[key]))
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
-    node = config
-    for i, name in enumerate([*parents, leaf]):
-        if not isinstance(node, ConfigDict) or name not in node:
-            known = list(flat(config))
-            raise ValueError(f"the config has no key {key!r}{meant(key, known)}; "
-                             f"it has {', '.join(known)}")  # fmt: skip
-        if i < len(parents):
-            node = node[name]
-    node[leaf] = _convert(key, value, node[leaf])
+    node = functools.reduce(lambda node, name: node[name], parents, config)
+    with node.ignore_type():
+        node[leaf] = value
 
 
-def _convert(key: str, text: str, old):
-    """`text` as the type of `old`."""
-    if isinstance(old, ConfigDict):
-        raise ValueError(f"config key {key} is a group; set one of {', '.join(flat(old, key))}")
+def _read(text: str, old: Any) -> Any:
+    """What `text` says, of the type of `old` where it can be; `check_values` sees to the rest."""
     if isinstance(old, str):
         return text
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = {"true": True, "false": False}.get(text.lower(), text)
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
         if isinstance(old, tuple | list):
             value = tuple(word for word in text.split(",") if word)
     if isinstance(old, tuple | list) and not isinstance(value, tuple | list):
         value = (value,)
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(old, float) and type(value) is int:
         value = float(value)
-    if old is None and (value is None or isinstance(value, int | float)):
-        return value
-    same = isinstance(value, tuple | list) if isinstance(old, tuple | list) else (
-        type(value) is type(old))  # fmt: skip
-    if not same:
-        kind = type(old).__name__
-        raise ValueError(f"config key {key} is of type {kind} (now {old!r}); {text!r} is not")
     return value
 
 
@@ -175,21 +215,22 @@ def flat(config: ConfigDict, prefix: str = "") -> dict:
 def keep_config(config: ConfigDict, workdir: Path) -> None:
     """Writes `workdir/config.json`; a run that goes on must have the same config.
 
-    Raises ValueError naming the first key that differs; `MAY_CHANGE` lists what may, but `STAY`.
+    Raises ValueError as `check_kept`.
     """
+    check_kept(config, workdir)
+    write_json(workdir / "config.json", flat(config))
 
-    def plain(config: ConfigDict) -> dict:
-        return json.loads(json.dumps(flat(config)))
 
-    path, new = workdir / "config.json", plain(config)
-    if path.is_file():
-        old = plain(defaults()) | json.loads(path.read_text())  # which may be older than a key
-        for key in sorted(old.keys() | new.keys()):
-            may = key.split(".")[0] in MAY_CHANGE and key not in STAY
-            if not may and old.get(key) != new.get(key):
-                raise ValueError(
-                    f"{workdir} holds a run with {key} = {old.get(key)!r}, the config says "
-                    f"{new.get(key)!r}; give another --workdir or the same config"
-                )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(new, indent=2) + "\n")
+def check_kept(config: ConfigDict, workdir: Path) -> None:
+    """Raises ValueError, naming the first key, where a run that goes on in `workdir` has another
+    config; `MAY_CHANGE` lists what may differ, but `STAY`."""
+    old, new = read_claim(workdir / "config.json"), plain(flat(config))
+    if old is None:
+        return
+    old = plain(flat(defaults())) | old  # which may be older than a key
+    key = differing(old, new, lambda key: key.split(".")[0] in MAY_CHANGE and key not in STAY)
+    if key:
+        raise ValueError(
+            f"{workdir} holds a run with {key} = {old.get(key)!r}, the config says "
+            f"{new.get(key)!r}; give another --workdir or the same config"
+        )

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from composer_jax.models.files import Tensor, open_tensors, write_tensors
+from composer_jax.utils.values import number
 
-LONGEST = 0.28  # gamma = 0, all steps alike, has 0.2887
+SHORTEST, LONGEST = 0.001, 0.28  # gamma = 0, all steps alike, has 0.2887
 
 
 def gamma_of(length: float) -> float:
     """The exponent of an average of a relative length (eq. 2 and algorithm 2 of the paper).
 
-    Raises ValueError for a length outside (0, 0.28].
+    Raises ValueError for a length outside [0.001, 0.28].
     """
-    if not 0.0 < length <= LONGEST:
-        raise ValueError(f"EMA length {length:g}; above 0 and at most {LONGEST} is allowed")
+    number(SHORTEST, LONGEST).check("EMA length", length)
     inverse = length**-2
     roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
     return float(roots.real[np.abs(roots.imag) < 1e-9].max())

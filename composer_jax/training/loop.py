@@ -72,14 +72,16 @@ def train(
     hooks: Sequence[tuple[int, Hook]] = (),
     on_save: Hook | None = None,
     about: Any = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Trains from the newest whole checkpoint in `workdir`, or from `params`, to `settings.steps`.
 
     `params`: a tree of arrays, or of `Tensor`s, which a new run alone reads; `batch(step)`: this
     process's part of a batch, numpy arrays. `hooks`: (every so many steps, hook) pairs, called at
     the end, too; `on_save` is called beside each checkpoint, and of a run that has come to its end
-    already; `about`: as `compile_step` takes it. SIGTERM and Ctrl-C save and raise `Interrupted`.
-    Writes metrics.jsonl and TensorBoard events.
+    already; `about`: as `compile_step` takes it; `begin` is called before the first step, once all
+    is checked and compiled. SIGTERM and Ctrl-C save and raise `Interrupted`. Writes metrics.jsonl
+    and TensorBoard events.
     Raises FloatingPointError, naming the step, where loss or gradient are not finite: the batch is
     in nonfinite-STEP-PROCESS.npz and the last checkpoint stays. Raises OSError where the last one
     could not be written. Ends the process where others of the job are gone.
@@ -120,6 +122,7 @@ def train(
                 told.flops = step_flops(compiled, device)
             elif on_save:  # it may have been killed beside its last checkpoint
                 on_save(start, state)
+            begin()
             for step in range(start, settings.steps):
                 profile.at(step, state)
                 state, metrics = step_of(state, upcoming, seed)

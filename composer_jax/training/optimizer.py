@@ -41,7 +41,7 @@ def make_optimizer(
     `groups`: (pattern, factor) pairs; the first pattern found in a parameter's dotted path scales
     its learning rate. `mu_dtype`: what the first moment is kept in, float32 or bfloat16, which
     costs no quality (arXiv 2106.04560, 3.4); it is computed in float32. Raises ValueError for an
-    unknown name or dtype, and, when called, for a pattern that finds no parameter.
+    unknown name or dtype, and, when its state is made, for a pattern that finds no parameter.
     """
     if mu_dtype not in MU_DTYPES:
         raise ValueError(f"optimizer.mu_dtype {mu_dtype!r}{meant(mu_dtype, MU_DTYPES)}; allowed: "
@@ -104,20 +104,24 @@ def _muon_axes(params):
 
 
 def _scaled(groups: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
-    def scale(updates, params):
+    def group(path) -> int | None:
+        """The first of `groups` that a parameter is of."""
+        return next((i for i, (p, _) in enumerate(groups) if re.search(p, dotted(path))), None)
+
+    def init(params):
+        found = {group(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+        for i, (pattern, _) in enumerate(groups):
+            if i not in found:
+                raise ValueError(f"optimizer.groups: {pattern!r} finds no parameter of its own")
+        return optax.EmptyState()
+
+    def scale(updates, state, params=None):
         del params
-        found = set()
 
-        def factor(path, leaf):
-            for pattern, by in groups:
-                if re.search(pattern, dotted(path)):
-                    found.add(pattern)
-                    return by * leaf
-            return leaf
+        def scaled(path, leaf):
+            number = group(path)
+            return leaf if number is None else groups[number][1] * leaf
 
-        scaled = jax.tree_util.tree_map_with_path(factor, updates)
-        if missing := [pattern for pattern, _ in groups if pattern not in found]:
-            raise ValueError(f"optimizer.groups: {missing[0]!r} finds no parameter of its own")
-        return scaled
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
 
-    return optax.stateless(scale)
+    return optax.GradientTransformation(init, scale)

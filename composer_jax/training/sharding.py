@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from composer_jax.models.files import dotted
 
 AXES = ("data", "fsdp", "tensor")
+TACTICS = ("replicate", "fsdp", "tensor")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -94,8 +95,8 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def _spec(shape: tuple[int, ...], mesh: Mesh, tactic: str) -> PartitionSpec:
     if tactic == "replicate":
         return PartitionSpec()
-    if tactic not in ("fsdp", "tensor"):
-        raise ValueError(f"sharding tactic {tactic!r}; allowed: replicate, fsdp, tensor")
+    if tactic not in TACTICS:
+        raise ValueError(f"sharding tactic {tactic!r}; allowed: {', '.join(TACTICS)}")
     size = mesh.shape[tactic]
     fits = [i for i, n in enumerate(shape) if n % size == 0 and n >= size]
     if size == 1 or not fits:

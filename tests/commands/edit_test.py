@@ -63,12 +63,12 @@ def test_a_task_ends_in_images_and_a_grid_that_begins_with_its_sources(
         ("variation @a.png --holds palette", "did you mean --hold?"),
         ("variation @a.png --hold palete", "did you mean 'palette'?"),
         ("variation @none.png", "none.png"),
-        ("variation @a.png --count 0", "at least 1"),
+        ("variation @a.png --count 0", "--count: the value is 0; a whole number from 1"),
         ("variation @a.png --steps 0", "steps"),
         ("variation @a.png --hold depth", "a depth network"),
         ("variation @a.png --region @half.png", "region has shape [32, 64]"),
         ("style-transfer @a.png", "required: STYLE"),
-        ("style-transfer @a.png @b.png --strength 2", "strength is 2.0"),
+        ("style-transfer @a.png @b.png --strength 2", "--strength: the value is 2.0"),
         ("interpolation @a.png @b.png --count 1", "at least 2"),
         ("reconfiguration @a.png", "needs what to change"),
         ("reconfiguration @a.png --palette red --count 2", "give eta above 0"),
@@ -76,7 +76,7 @@ def test_a_task_ends_in_images_and_a_grid_that_begins_with_its_sources(
         ("translation @a.png", "required: --caption"),
         ("pose-transfer @a.png", "required: --instances"),
         ("try-on @a.png @b.png", "required: --region"),
-        ("inpainting @a.png --region @region.png --border -1", "border is -1.0"),
+        ("inpainting @a.png --region @region.png --border -1", "--border: the value is -1.0"),
     ],
 )
 def test_mistakes_are_one_line(run, folder, tmp_path, capsys, words, said):

@@ -57,7 +57,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(run, measured, capsys)
     ("words", "line"),
     [
         (["--experiments", "pair"], "did you mean 'pairs'?"),
-        (["--count", "1"], "--count is 1; at least 2"),
+        (["--count", "1"], "--count: the value is 1; a whole number from 2"),
         (["--source", "folder:nowhere"], "nowhere"),
     ],
 )

@@ -136,7 +136,7 @@ def test_wrong_use_ends_in_one_line(photos, prepared, tmp_path, capsys):
         (["scene:9", "--out", tmp_path / "no"], "did you mean 'scenes'"),
         (["scenes:9", "--flip", "--out", tmp_path / "no"], "captions say left and right"),
         (["scenes:9", "--config", "scenes64_clip", "--out", tmp_path / "no"], "trains no composer"),
-        (["scenes:9", "--shard-size", "0", "--out", tmp_path / "no"], "--shard-size 0: at least 1"),
+        (["scenes:9", "--shard-size", "0", "--out", tmp_path / "no"], "size: the value is 0"),
         (["scenes:9", ONLY, "--out", full], "exists and is no cache"),
         ([f"folder:{photos}", ONLY, "--out", prepared], "was made with shard_size = 8, now"),
         ([f"folder:{photos}", ONLY, "--crop", "random", "--shard-size", "8", "--out", prepared],

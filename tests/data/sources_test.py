@@ -49,7 +49,7 @@ def test_metadata_gives_captions(folder, kind):
     [
         ("sceens", "did you mean 'scenes'"),
         ("cache:made", "'cache:made'; allowed: .*; for training cache:DIR"),
-        ("scenes:many", "positive whole number"),
+        ("scenes:many", "'many'; a whole number from 1"),
         ("folder:/does/not/exist", "does not exist"),
     ],
 )

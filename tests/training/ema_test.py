@@ -27,7 +27,9 @@ def test_the_exponents_that_the_paper_names():
     assert gamma_of(0.05) == pytest.approx(16.97, abs=0.01)
     assert gamma_of(0.10) == pytest.approx(6.94, abs=0.01)
     for length in (0.0, -0.1, 0.3):
-        with pytest.raises(ValueError, match="above 0 and at most"):
+        with pytest.raises(
+            ValueError, match=r"EMA length is .*; a number from 0\.001 to 0\.28 is wanted"
+        ):
             gamma_of(length)
 
 
@@ -97,7 +99,7 @@ def test_a_run_gives_models_of_other_lengths(run, tmp_path, capsys):
         np.testing.assert_allclose(composer[name].read(), tensor.read(), rtol=1e-3, atol=1e-5)
     capsys.readouterr()
     for options, message in [
-        (["--length", "0.5"], "EMA length 0.5; above 0 and at most 0.28"),
+        (["--length", "0.5"], "--length: the value is 0.5; a number from 0.001 to 0.28"),
         (["--length", "0.1", "--step", "3"], "has snapshots of steps [4]; 3 is none"),
     ]:
         assert main(["ema", str(run), *options, "--out", str(tmp_path / "no")]) == 2
