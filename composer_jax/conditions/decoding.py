@@ -40,6 +40,8 @@ def decode(file, path: str, finish: Callable[[Any, np.ndarray | None], np.ndarra
         _check_size(path, MAX_PIXELS + 1, f"{pixels[0]} px" if pixels else "huge")
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image (PNG, JPEG, WebP and others are)") from error
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         if path in str(error):
             raise

@@ -92,9 +92,9 @@ def load_array(path) -> np.ndarray:
 
 
 def _existing(path: Path) -> Path:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, not a file")
-    if not path.exists():
+    if not os.path.exists(path):  # where a name is too long, too
         raise ValueError(f"{path} does not exist")
     return path
 

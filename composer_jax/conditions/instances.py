@@ -199,7 +199,7 @@ def _levels(image: np.ndarray, what) -> tuple[np.ndarray, bool]:
     if image.ndim == 3 and image.dtype == np.uint16:  # colours of 16 bits
         image = (image >> 8).astype(np.uint8)
     flat = image if image.ndim == 2 else None
-    if image.ndim == 3 and image.dtype == np.uint8 and 1 <= image.shape[2] <= 4:
+    if image.ndim == 3 and image.size and image.dtype == np.uint8 and 1 <= image.shape[2] <= 4:
         rgb = image[..., : 3 if image.shape[2] > 2 else 1]
         if np.all(rgb == rgb[..., :1]):  # exactly grey: ids may differ by one level
             flat = rgb[..., 0]

@@ -32,7 +32,7 @@ def grey(image: np.ndarray) -> np.ndarray | None:
     """
     if image.ndim == 2:
         return image
-    if image.ndim != 3 or not 1 <= image.shape[2] <= 4:
+    if image.ndim != 3 or not image.size or not 1 <= image.shape[2] <= 4:
         return None
     if image.shape[2] < 3:
         return image[..., 0]

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -96,7 +95,7 @@ class Mask(Condition):
         in the log. What is transparent in a region or mask is not painted white.
         """
         del tool
-        if isinstance(text, str) and ":" in text and not Path(text).exists():
+        if isinstance(text, str) and ":" in text and not os.path.exists(text):
             source = _split(text)
         elif isinstance(text, tuple | list) and len(text) == 2:
             source = {"image": text[0], "mask": text[1]}
@@ -249,7 +248,7 @@ def _split(text: str) -> dict[str, str]:
         key, equals, path = rest.partition("=")
         if key == "region" and equals:
             return {"image": image, "region": path}
-        if Path(image).is_file() and Path(rest).is_file():
+        if os.path.isfile(image) and os.path.isfile(rest):
             return {"image": image, "mask": rest}
     image, rest = cuts[-1]
     key, equals, _ = rest.partition("=")
