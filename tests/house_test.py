@@ -29,6 +29,7 @@ LAZY = {
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
     "array_record": {"data"},
+    "pyarrow": {"data"},
     "h5py": {"models/hed.py"},
     "huggingface_hub": {"models/hub.py"},
     "safetensors": {"models/files.py"},

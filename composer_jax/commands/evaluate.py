@@ -223,6 +223,7 @@ def _examples(
         images.append(batch["image"])
         stored += extract_all(batch["image"], batch["given"], names, tools)
     pipe.clip.report_cut()
+    source.tell()
     images = np.concatenate(images)
     if len(images) < 2:
         raise ValueError(f"{text} gives {len(images)} images; at least 2 are wanted")

@@ -123,6 +123,7 @@ def _claim(
     made = {
         "format": cache.FORMAT,
         "source": source.name,
+        **({"fields": dict(source.fields)} if source.fields else {}),
         "count": len(source),
         "seed": args.seed,
         "crop": args.crop,
@@ -188,6 +189,7 @@ def _write(out: Path, mine, shards, shard_size, source: Source, names, specs, ex
             skipped = [{"name": n, "reason": broken[n]} for n in labels if n in broken]
             cache.write_shard(out, shard, shards, examples, {"skipped": skipped})
             done += len(indices)
+    source.tell()
     if done:
         rates = [f"{stage} {done / spent:.0f}" for stage, spent in seconds.items() if spent]
         whole = done / (time.perf_counter() - start)

@@ -1,156 +1,234 @@
-"""Sources that others packed: tar files of images and captions, datasets of TFDS."""
+"""Tar files of images and captions as a source, as webdataset and img2dataset write them."""
 
 from __future__ import annotations
 
 import glob
-import json
+import io
 import logging
 import os
+import posixpath
 import tarfile
+from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from composer_jax.conditions.image import decode_image, load_image
-from composer_jax.data.sources import SUFFIXES, Crop, Images
+from composer_jax.conditions.image import decode_image
+from composer_jax.data.metadata import TABLES, TEXTS, beside, described, some
+from composer_jax.data.sources import Crop, Images, image_suffixes
 
 log = logging.getLogger("composer_jax")
-CAPTIONS = ("caption", "captions", "text")  # keys that hold words, in JSON and in TFDS
+LARGEST = 2**30  # bytes of a member that is stored with holes: a few may claim any size
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
 
-@dataclass
-class _Member:
-    """Where the files of one example lie in a tar: (offset, size) by suffix."""
+class _Place(NamedTuple):
+    """Where the content of a member lies; `holes`: (offset, size) of what is stored of it."""
 
+    offset: int
+    size: int
+    holes: tuple[tuple[int, int], ...] | None
+
+
+@dataclass(slots=True)
+class _Sample:
+    """Members of one key: images by name, texts by suffix."""
+
+    images: dict[str, _Place] = field(default_factory=dict)
+    texts: dict[str, _Place] = field(default_factory=dict)
+
+
+class _Example(NamedTuple):
     path: str
     name: str
-    image: tuple[int, int] = (0, 0)
-    words: dict[str, tuple[int, int]] = field(default_factory=dict)
+    image: _Place
+    texts: dict[str, _Place]
+    caption: tuple[str, Any] | None  # by a table
 
 
 class Tars(Images):
-    """Images of plain tar files, with a .txt or .json of the same stem each (as webdataset has).
+    """Images of plain tar files, with texts of the same key each: `TEXTS`, or `TABLES` among them.
 
-    What a truncated file still holds is used, and the log names it.
+    A member's key is its name up to the first dot after the last slash, and what follows its field,
+    as in webdataset: `a.seg.png` belongs to `a.png` and is no image of its own. Otherwise the files
+    give what a folder of their members gives. What a truncated file still holds is used, and the
+    log names it.
     """
 
     def __init__(self, pattern: str, *, size: int, crop: Crop):
         super().__init__(f"tar:{pattern}", size, crop)
-        paths = sorted(glob.glob(pattern, recursive=True))
+        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not paths:
             raise ValueError(f"source tar:{pattern} finds no file; a path with * and ? is wanted")
-        self._members = [member for path in paths for member in _index(path)]
-        if not self._members:
-            raise ValueError(f"source tar:{pattern} holds no image ({', '.join(sorted(SUFFIXES))})")
+        if os.path.isdir(pattern):
+            raise ValueError(f"source tar:{pattern} is a folder; tar:{pattern}/*.tar is wanted")
+        left_out: dict[str, list[str]] = defaultdict(list)
+        self._examples = [one for path in paths for one in _Index(path, left_out).examples()]
+        self._tell_left_out(len(self._examples), left_out)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._examples)
 
     def label(self, index: int) -> str:
         """TAR/MEMBER."""
-        return f"{self._members[index].path}/{self._members[index].name}"
+        return f"{self._examples[index].path}/{self._examples[index].name}"
 
-    def load(self, index: int) -> tuple[np.ndarray, str]:
-        """Image and caption; raises ValueError for a broken member."""
-        member = self._members[index]
-        with open(member.path, "rb") as file:
-
-            def read(where: tuple[int, int]) -> bytes:
-                file.seek(where[0])
-                return file.read(where[1])
-
-            image = decode_image(read(member.image), self.label(index))
-            words = {suffix: read(where).decode(errors="replace")
-                     for suffix, where in member.words.items()}  # fmt: skip
-        if ".txt" in words:
-            return image, words[".txt"].strip()
+    def load(self, index: int) -> tuple[np.ndarray, list[tuple[str, Any]]]:
+        """Image, and what may be its caption; raises ValueError for a broken member."""
+        one = self._examples[index]
         try:
-            known = json.loads(words.get(".json", "{}"))
-        except ValueError:
-            known = {}
-        known = known if isinstance(known, dict) else {}
-        return image, next((str(known[key]) for key in CAPTIONS if key in known), "")
+            image = decode_image(_content(one.path, one.image), self.label(index))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            named = reason if self.label(index) in reason else f"{self.label(index)} {reason}"
+            raise ValueError(named) from error
+        candidates = [one.caption] if one.caption else []
+        for suffix in sorted(one.texts, key=TEXTS.index):
+            read = partial(_text, one.path, suffix, one.texts[suffix])
+            candidates.append((_key(one.name)[0] + suffix, read))
+        return image, candidates
 
 
-def _index(path: str) -> list[_Member]:
-    """The examples of one tar, by reading its headers."""
-    found: dict[str, _Member] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for entry in archive:
-                stem, suffix = os.path.splitext(entry.name)
-                suffix = suffix.lower()
-                if not entry.isfile() or PurePosixPath(entry.name).name.startswith("."):
-                    continue
-                member = found.setdefault(stem, _Member(path, entry.name))
-                if suffix in SUFFIXES:
-                    member.name, member.image = entry.name, (entry.offset_data, entry.size)
-                elif suffix in (".txt", ".json"):
-                    member.words[suffix] = (entry.offset_data, entry.size)
-    except tarfile.CompressionError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except tarfile.ReadError as error:
-        if not found:
-            reason = "compressed, or no tar: plain tar files are wanted, whose members can be"
-            raise ValueError(f"{path} is {reason} read in any order") from error
-        log.warning("%s is cut short after %d examples (%s)", path, len(found), error)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    return [member for member in found.values() if member.image[1]]
+def _key(name: str) -> tuple[str, str]:
+    """(key, field with its dot) of a member."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return folder + slash + stem, dot + suffix
 
 
-class Tfds(Images):
-    """A dataset of TensorFlow Datasets, stored as ArrayRecord: its image and its caption or label.
+def _content(path: str, place: _Place) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(place.offset)
+        if place.holes is None:
+            content = file.read(place.size)
+        elif place.size > LARGEST:
+            raise ValueError(f"is too large ({place.size} bytes with holes; at most {LARGEST})")
+        else:
+            content = bytearray(place.size)
+            for start, size in place.holes:
+                content[start : start + size] = file.read(size)
+    if len(content) != place.size:
+        raise ValueError("is cut short")
+    return bytes(content)
 
-    `text`: NAME[:split], or the folder of a prepared one.
-    """
 
-    def __init__(self, text: str, *, size: int, crop: Crop):
-        from composer_jax.data.tensorflow import tfds
+def _text(path: str, suffix: str, place: _Place) -> Any:
+    return beside(suffix, _content(path, place))
 
-        super().__init__(f"tfds:{text}", size, crop)
-        name, _, split = text.partition(":")
-        library = tfds()
+
+class _Index:
+    """The samples of one tar, by reading its headers; what is of no use goes to `left_out`."""
+
+    def __init__(self, path: str, left_out: dict[str, list[str]]):
+        self.path, self.left_out = path, left_out
+        self.samples: dict[str, _Sample] = {}
+        self.tables: dict[str, _Place] = {}
+        self.twice: list[str] = []
+        self._suffixes, self._hidden = image_suffixes(), {}
+
+    def examples(self) -> list[_Example]:
+        """In the order of the tar. Raises ValueError where it cannot be read at all."""
         try:
-            if Path(name).is_dir():
-                builder = library.builder_from_directory(name)
-            else:
-                builder = library.builder(name)
-            self._rows = builder.as_data_source(split=split or "train")
-        except Exception as error:  # the library raises whatever it likes
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-            raise ValueError(
-                f"source tfds:{text}: {type(error).__name__} {reason}; a dataset that is prepared "
-                "as array_record is wanted, by its name or its folder, and one of its splits"
-            ) from error
-        features = builder.info.features
-        images = [k for k, f in features.items() if isinstance(f, library.features.Image)]
-        if not images:
-            raise ValueError(f"source tfds:{text} has no image; it has {', '.join(features)}")
-        self._image = images[0]
-        self._words = next((k for k in CAPTIONS if k in features), None)
-        labels = [k for k, f in features.items() if isinstance(f, library.features.ClassLabel)]
-        self._label = labels[0] if labels and not self._words else None
-        self._names = features[self._label].names if self._label else ()
+            with open(self.path, "rb") as file:
+                links = self._members(file)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read: {error.strerror}") from error
+        for name, target in links:
+            self._link(name, target)
+        if self.twice:
+            log.warning("%s holds %s more than once; the last counts, as it does when unpacked",
+                        self.path, some(self.twice, "member"))  # fmt: skip
+        names = {name for sample in self.samples.values() for name in sample.images}
+        tables = {name: partial(self._table, place) for name, place in self.tables.items()}
+        found = described(self.path, tables, names)
+        return [
+            _Example(self.path, name, place, sample.texts, found.captions.get(name))
+            for sample in self.samples.values()
+            for name, place in sample.images.items()
+            if name not in found.aside
+        ]
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def _table(self, place: _Place) -> BinaryIO:
+        return io.BytesIO(_content(self.path, place))
 
-    def label(self, index: int) -> str:
-        """Its number."""
-        return f"example {index}"
-
-    def load(self, index: int) -> tuple[np.ndarray, str]:
-        """Image and caption; raises ValueError for a broken record."""
+    def _members(self, file: BinaryIO) -> list[tuple[str, str]]:
+        """Sorts all members; returns links as (name, name of what is meant)."""
+        links: list[tuple[str, str]] = []
+        start = file.read(6)
+        file.seek(0)
+        if not start:
+            log.warning("%s is empty", self.path)
+            return []
         try:
-            row = self._rows[index]
-        except Exception as error:
-            raise ValueError(f"example {index}: {error}") from error
-        image = load_image(np.asarray(row[self._image]))
-        if self._label:
-            return image, self._names[int(row[self._label])].replace("_", " ")
-        words = row[self._words] if self._words else ""
-        while isinstance(words, list | tuple | np.ndarray) and not np.isscalar(words):
-            words = words[0] if len(words) else ""
-        return image, words.decode() if isinstance(words, bytes) else str(words)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for entry in archive:
+                    name = posixpath.normpath(entry.name)
+                    if entry.isfile():
+                        holes = entry.sparse and tuple(entry.sparse)
+                        self._take(name, _Place(entry.offset_data, entry.size, holes))
+                    elif entry.islnk():
+                        links.append((name, posixpath.normpath(entry.linkname)))
+                    elif entry.issym():
+                        target = posixpath.join(posixpath.dirname(name), entry.linkname)
+                        links.append((name, posixpath.normpath(target)))
+                    elif not entry.isdir():
+                        self.left_out["no file"].append(f"{self.path}/{name}")
+                damage = _damage(file, archive.offset)
+        except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as error:
+            if not self.samples:
+                kind = next((k for mark, k in COMPRESSED.items() if start.startswith(mark)), "")
+                reason = f"compressed ({kind})" if kind else "no tar"
+                raise ValueError(f"{self.path} is {reason}; plain tar files are wanted, whose "
+                                 "members can be read in any order") from error  # fmt: skip
+            damage = f"is cut short ({error})"
+        if damage:
+            log.warning("%s %s; %s are used", self.path, damage, f"{len(self.samples)} samples")
+        return links
+
+    def _take(self, name: str, place: _Place) -> None:
+        key, suffix = _key(name)
+        folder, _, base = name.rpartition("/")
+        suffix = suffix.lower()
+        if self._is_hidden(folder) or base.startswith("."):
+            self.left_out["hidden"].append(f"{self.path}/{name}")
+        elif base in TABLES:
+            self.tables[name] = place
+        elif suffix in self._suffixes or suffix in TEXTS:
+            sample = self.samples.setdefault(key, _Sample())
+            members, which = (sample.texts, suffix) if suffix in TEXTS else (sample.images, name)
+            if which in members:
+                self.twice.append(name)
+            members[which] = place
+        else:
+            self.left_out[suffix or "without a suffix"].append(f"{self.path}/{name}")
+
+    def _is_hidden(self, folder: str) -> bool:
+        if folder not in self._hidden:
+            parts = folder.split("/")
+            self._hidden[folder] = any(part.startswith((".", "__")) for part in parts)
+        return self._hidden[folder]
+
+    def _link(self, name: str, target: str) -> None:
+        """Gives a link what it stands for, where that is in the tar."""
+        key, suffix = _key(target)
+        sample = self.samples.get(key, _Sample())
+        place = sample.images.get(target) or sample.texts.get(suffix.lower())
+        if place:
+            self._take(name, place)
+        else:
+            self.left_out["link elsewhere"].append(f"{self.path}/{name}")
+
+
+def _damage(file: BinaryIO, end: int) -> str:
+    """What is wrong behind the last member that was read, if anything."""
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if not block:
+        return "has no end mark, and may be cut short"
+    if block.strip(b"\0"):
+        return f"is damaged at byte {end}"
+    if any(chunk.strip(b"\0") for chunk in iter(partial(file.read, 2**20), b"")):
+        return f"has more behind its end mark at byte {end} (tars joined by cat?)"
+    return ""

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import abc
-import csv
-import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from composer_jax.conditions.base import meant
-from composer_jax.conditions.image import fit_photo, load_image
+from composer_jax.conditions.image import fit_photo
+from composer_jax.data.metadata import first_caption
 from composer_jax.utils.values import whole
 
 log = logging.getLogger("composer_jax")
-TOLD = 20  # skipped images that the log names
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+TOLD = 20  # images, skipped or without the caption they should have, that the log names
+KINDS_TOLD = 8  # kinds of files that are left out
 KINDS = ("scenes", "folder", "tar", "tfds", "cache")
 
 
@@ -29,6 +30,7 @@ class Source(abc.ABC):
 
     name: str
     size: int
+    fields: Mapping[str, str | None] = {}  # which of a dataset's features is what, where it has any
 
     @property
     def key(self) -> str:
@@ -45,6 +47,9 @@ class Source(abc.ABC):
 
         B is smaller than the number of indices where images cannot be read.
         """
+
+    def tell(self) -> None:  # noqa: B027 (most lack nothing)
+        """Logs, once, what the examples read so far lacked."""
 
     def drawn(self, count: int, seed: int) -> np.ndarray:
         """Indices of `count` examples at most, from all over the source and in no order: the files
@@ -89,13 +94,16 @@ def open_source(
                              "captions say left and right")  # fmt: skip
         return Scenes(int(rest or 12000), size=size, seed=seed, split=split)
     crop = crop or Crop()
+    rest = os.path.expanduser(rest)  # no shell does so behind a colon
     if kind == "folder":
+        from composer_jax.data.folders import Folder
+
         return Folder(Path(rest), size=size, crop=crop)
     if kind == "tar":
         from composer_jax.data.archives import Tars
 
         return Tars(rest, size=size, crop=crop)
-    from composer_jax.data.archives import Tfds
+    from composer_jax.data.tfds import Tfds
 
     return Tfds(rest, size=size, crop=crop)
 
@@ -113,106 +121,121 @@ def check_source(text: str) -> None:
 
 
 class Images(Source):
-    """Images of anybody's, cropped to squares, with a caption each.
+    """Images of anybody's, cropped to squares, with a caption each, "" where there is none.
 
     One that cannot be read is skipped: `skipped` maps its name to the reason, and the log names the
-    first few.
+    first few, as it does for captions that are no text. When all have been read it says how many
+    have no caption.
     """
 
     def __init__(self, name: str, size: int, crop: Crop):
         self.name, self.size, self.crop = name, size, crop
         self.skipped: dict[str, str] = {}
+        self._read: np.ndarray | None = None  # which of all
+        self._bare: list[int] = []  # images without a caption
+        self._wrong = 0  # captions that are no text
+        self._told = False
 
     @property
     def key(self) -> str:
-        """A relative path is another elsewhere."""
+        """A relative path is another elsewhere; the last word says how captions are read."""
         kind, _, rest = self.name.partition(":")
         where = rest if kind == "tfds" else os.path.abspath(rest)
-        return f"{kind}:{where} {self.crop}"
+        fields = f" {dict(self.fields)}" if self.fields else ""
+        return f"{kind}:{where}{fields} {self.crop} captions-2"
 
     @abc.abstractmethod
     def label(self, index: int) -> str:
         """What a person calls that image."""
 
     @abc.abstractmethod
-    def load(self, index: int) -> tuple[np.ndarray, str]:
-        """uint8 [H, W, 3] and caption; raises ValueError where it cannot be read."""
+    def load(self, index: int) -> tuple[np.ndarray, Iterable[tuple[str, Any]]]:
+        """uint8 [H, W, 3] and what may be its caption, for `first_caption`; raises ValueError where
+        the image cannot be read."""
 
     def batch(self, indices: Sequence[int]) -> dict:
         """Images and captions of those that can be read; decoders run side by side."""
 
         def one(index: int):
             try:
-                image, caption = self.load(index)
+                image, candidates = self.load(index)
             except ValueError as error:
                 return str(error)
-            return self.crop(image, self.size, index), caption
+            return self.crop(image, self.size, index), *first_caption(candidates)
 
+        indices = [int(index) for index in indices]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(pool.map(one, map(int, indices)))
-        for index, each in zip(indices, found, strict=True):
-            if isinstance(each, str) and self.label(index) not in self.skipped:
-                self.skipped[self.label(index)] = each
-                if len(self.skipped) <= TOLD:
-                    log.warning("skipped %s", each)
-                if len(self.skipped) == TOLD:
-                    log.warning("further images that are skipped are counted, not named here")
+            found = list(pool.map(one, indices))
+        self._note(indices, found)
         good = [each for each in found if not isinstance(each, str)]
         shape = (len(good), self.size, self.size, 3)
-        images = np.stack([image for image, _ in good]) if good else np.zeros(shape, np.uint8)
-        return {"image": images, "given": {"caption": [caption for _, caption in good]}}
+        images = np.stack([image for image, _, _ in good]) if good else np.zeros(shape, np.uint8)
+        return {"image": images, "given": {"caption": [caption for _, caption, _ in good]}}
+
+    def _tell_left_out(self, images: int, left_out: Mapping[str, Sequence[str]]) -> None:
+        """Logs in one line what is not used, names by kind; raises ValueError without images."""
+        kinds = sorted(left_out.items(), key=lambda item: (-len(item[1]), item[0]))
+        told = [f"{len(names)} {kind} ({', '.join([*names[:3], *['...'] * (len(names) > 3)])})"
+                for kind, names in kinds[:KINDS_TOLD]]  # fmt: skip
+        told += [f"{len(kinds) - KINDS_TOLD} more kinds"] * (len(kinds) > KINDS_TOLD)
+        if not images:
+            held = f"; it has {', '.join(told)}" if told else ""
+            raise ValueError(f"source {self.name} holds no image{held}")
+        if told:
+            log.warning("%s: left out: %s", self.name, ", ".join(told))
+
+    def _note(self, indices: Sequence[int], found: Sequence[str | tuple]) -> None:
+        """Keeps and logs what is wrong with images that are read for the first time."""
+        if self._read is None:
+            self._read = np.zeros(len(self), bool)
+        for index, each in zip(indices, found, strict=True):
+            if self._read[index]:
+                continue
+            self._read[index] = True
+            if isinstance(each, str):
+                self.skipped[self.label(index)] = each
+                _say(len(self.skipped), f"skipped {each}", "images that are skipped")
+                continue
+            _, caption, wrong = each
+            if not caption:
+                self._bare.append(index)
+            for reason in wrong:
+                self._wrong += 1
+                line = f"{self.label(index)}: no caption from {reason}"
+                _say(self._wrong, line, "captions that are no text")
+        if self._read.all():
+            self.tell()
+
+    def tell(self) -> None:
+        """Logs, once, how many of the images read so far have no caption, with three names."""
+        if self._bare and not self._told:
+            self._told = True
+            labels = [self.label(index) for index in self._bare[:3]]
+            more = f" and {len(self._bare) - 3} more" if len(self._bare) > 3 else ""
+            count = int(self._read.sum()) - len(self.skipped)
+            log.warning("%s: %d of %d images have no caption: %s%s",
+                        self.name, len(self._bare), count, ", ".join(labels), more)  # fmt: skip
 
 
-class Folder(Images):
-    """All images under a folder; captions from files beside them.
+def _say(number: int, line: str, what: str) -> None:
+    if number <= TOLD:
+        log.warning("%s", line)
+    if number == TOLD:
+        log.warning("further %s are counted, not named here", what)
 
-    Captions: `metadata.jsonl` or `metadata.csv` with `file_name` and `text`, or a .txt beside an
-    image; else empty.
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Of the files that Pillow reads here, in lower case: ".png", ".jpg" and some sixty more.
+
+    Formats that it knows by name alone, and those that need a decoder from elsewhere, are left out.
     """
+    from PIL import Image, ImageFile
 
-    def __init__(self, folder: Path, *, size: int, crop: Crop = Crop()):
-        if not folder.is_dir():
-            raise ValueError(f"source folder {folder} does not exist or is no folder")
-        super().__init__(f"folder:{folder}", size, crop)
-        self.folder = folder
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not self.paths:
-            raise ValueError(
-                f"source folder {folder} holds no image ({', '.join(sorted(SUFFIXES))})"
-            )
-        self._captions = _metadata(folder)
-        known = {p.relative_to(folder).as_posix() for p in self.paths}
-        for name in self._captions.keys() - known:
-            log.warning("%s names %s, which is not there", folder, name)
+    Image.init()
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def decodes(kind: str) -> bool:
+        opener = Image.OPEN[kind][0] if kind in Image.OPEN else ImageFile.StubImageFile
+        return not (isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile))
 
-    def label(self, index: int) -> str:
-        """Its path in the folder."""
-        return self.paths[index].relative_to(self.folder).as_posix()
-
-    def load(self, index: int) -> tuple[np.ndarray, str]:
-        """Image and caption; raises ValueError for a broken file."""
-        path, name = self.paths[index], self.label(index)
-        image, beside = load_image(path), path.with_suffix(".txt")
-        if name in self._captions:
-            return image, self._captions[name]
-        return image, beside.read_text(errors="replace").strip() if beside.is_file() else ""
-
-
-def _metadata(folder: Path) -> dict[str, str]:
-    """file_name -> text of metadata.jsonl or metadata.csv; raises ValueError for a broken one."""
-    lines, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    path = lines if lines.is_file() else table
-    try:
-        if lines.is_file():
-            rows = [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
-        elif table.is_file():
-            rows = list(csv.DictReader(table.read_text().splitlines()))
-        else:
-            return {}
-        return {row["file_name"]: str(row["text"]) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__} {error}"
-        raise ValueError(f"{path}: every row needs file_name and text ({reason})") from None
+    return frozenset(s for s, kind in Image.EXTENSION.items() if decodes(kind) and kind != "MPEG")

@@ -1,7 +1,8 @@
-"""Packed sources: tar files and TFDS give what a folder of the same files gives."""
+"""Tar files give what a folder of the same files gives, but for fields that webdataset knows."""
 
 import io
-import json
+import os
+import subprocess
 import tarfile
 
 import numpy as np
@@ -67,57 +68,156 @@ def test_a_truncated_tar_gives_what_it_still_holds(tmp_path, caplog):
     assert "cut short" in caplog.text or source.skipped
 
 
+def found(path, size=16):
+    """{member: (colour of its first pixel, caption)}"""
+    source = open_source(f"tar:{path}", size=size)
+    batch = source.batch(range(len(source)))
+    names = [source.label(i).removeprefix(f"{path}/") for i in range(len(source))]
+    captions = batch["given"]["caption"]
+    colours = batch["image"][:, 0, 0, 0].tolist()
+    return dict(zip(names, zip(colours, captions, strict=True), strict=True))
+
+
+def plain(value):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (value,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_members_are_fields_of_a_key(tmp_path, caplog):
+    """The key ends at the first dot after the last slash; the case of fields does not count."""
+    files = {
+        "./a/v1.0/000.seg.png": plain(9),
+        "./a/v1.0/000.PNG": plain(1),
+        "./a/v1.0/000.TXT": b"one",
+        "b/000.png": plain(2),
+        "b/000.cls": b"3",
+        "000.txt": b"first in its place",
+        "001.png": plain(3),
+        "000.jpg": plain(4),
+        "001.caption": b"from kohya",
+        "000.json": b'{"caption": "spare"}',
+        ".hidden/a.png": plain(5),
+        "__MACOSX/a.png": plain(6),
+        "b/._000.png": b"",
+        "noext": b"",
+        "002.png": plain(7),
+        "002.txt": b"",
+        "002.json": b'{"caption": null, "text": ["two", "three"]}',
+    }
+    pack(tmp_path / "0.tar", files)
+    captions = {name: caption for name, (_, caption) in found(tmp_path / "0.tar").items()}
+    assert captions == {
+        "a/v1.0/000.PNG": "one",
+        "b/000.png": "",
+        "000.jpg": "first in its place",
+        "001.png": "from kohya",
+        "002.png": "two",
+    }  # fmt: skip
+    told = next(line for line in caplog.messages if "left out" in line)
+    for kind in ("1 .seg.png (", "1 .cls (", "3 hidden (", "1 without a suffix ("):
+        assert kind in told
+    assert "1 of 5 images have no caption" in caplog.text and "b/000.png" in caplog.text
+
+
+def test_two_images_of_a_key_are_two_and_a_name_twice_is_the_last(tmp_path, caplog):
+    path = pack(tmp_path / "0.tar", {"a.png": plain(1), "a.bmp": plain(2), "a.txt": b"words"})
+    assert found(path) == {"a.png": (1, "words"), "a.bmp": (2, "words")}
+    pack(path, {"a.png": plain(3), "a.txt": b"better words"}, "a")
+    assert found(path) == {"a.png": (3, "better words"), "a.bmp": (2, "better words")}
+    assert "2 members (a.png, a.txt) more than once; the last counts" in caplog.text
+
+
+def test_tables_in_a_tar_give_captions(tmp_path):
+    rows = b'{"file_name": "a.png", "text": "words", "depth_file_name": "b.png"}'
+    files = {"s/metadata.jsonl": rows, "s/a.png": plain(1), "s/b.png": plain(2)}
+    assert found(pack(tmp_path / "0.tar", files)) == {"s/a.png": (1, "words")}
+
+
+@pytest.mark.parametrize(
+    "form", ["gnu", "posix", "posix --sparse-version=0.1", "posix --sparse-version=0.0"]
+)
+def test_members_with_holes(tmp_path, form):
+    """GNU tar stores of them what is no hole, and a map of it, in four ways."""
+    buffer = io.BytesIO()
+    rng = np.random.default_rng(0)
+    image = np.zeros((200, 200, 3), np.uint8)
+    image[:40], image[-40:] = rng.integers(0, 256, (2, 40, 200, 3))
+    Image.fromarray(image).save(buffer, "BMP")
+    with open(tmp_path / "a.bmp", "wb") as file:
+        content = buffer.getvalue()
+        for start in range(0, len(content), 4096):
+            block = content[start : start + 4096]
+            file.seek(start)
+            if block.strip(b"\0"):
+                file.write(block)
+        file.truncate(len(content))
+    (tmp_path / "a.txt").write_text("words")
+    for path in ("a.bmp", "b.bmp"):
+        (tmp_path / path).exists() or os.link(tmp_path / "a.bmp", tmp_path / path)
+    command = ["tar", "--sparse", f"--format={form}".split()[0], *form.split()[1:], "-cf", "0.tar"]
+    subprocess.run([*command, "a.bmp", "a.txt", "b.bmp"], cwd=tmp_path, check=True)
+    assert (tmp_path / "0.tar").stat().st_size < 100_000 < len(content)
+    source = open_source(f"tar:{tmp_path}/0.tar", size=200)
+    batch = source.batch(range(2))  # the second is a hard link to the first
+    assert batch["given"]["caption"] == ["words", ""]
+    for each in batch["image"]:
+        np.testing.assert_array_equal(each, image)
+
+
+def test_links_are_what_they_stand_for_where_that_is_there(tmp_path, caplog):
+    path = pack(tmp_path / "0.tar", {"s/a.png": plain(1), "s/a.txt": b"words"})
+    with tarfile.open(path, "a") as archive:
+        for name, target in {
+            "s/b.png": "a.png",
+            "s/b.txt": "../s/a.txt",
+            "c.png": "/etc/x",
+        }.items():
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = tarfile.SYMTYPE, target
+            archive.addfile(entry)
+    assert found(path) == {"s/a.png": (1, "words"), "s/b.png": (1, "words")}
+    assert "1 link elsewhere (" in caplog.text and "c.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tar: tar[:1024], "has no end mark, and may be cut short; 1 sample"),
+        (lambda tar: tar[:1024] + b"x" * 512 + tar[1024:], "is damaged at byte 1024"),
+        (lambda tar: tar + tar, "has more behind its end mark"),
+    ],
+)
+def test_what_no_reader_of_tars_reports_is_told(tmp_path, caplog, damage, message):
+    path = pack(tmp_path / "0.tar", {"a.png": plain(1), "b.png": plain(2)})
+    path.write_bytes(damage(path.read_bytes()))
+    assert found(path)["a.png"] == (1, "")
+    assert message in caplog.text
+
+
+def test_a_tar_that_goes_away_is_an_image_that_is_skipped(tmp_path):
+    source = open_source(f"tar:{pack(tmp_path / '0.tar', {'a.png': plain(1)})}", size=16)
+    (tmp_path / "0.tar").unlink()
+    assert len(source.batch([0])["image"]) == 0
+    assert "a.png No such file" in source.skipped[source.label(0)]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda folder: None, "finds no file"),
-        (lambda folder: pack(folder / "0.tar", FILES, "w:gz"), "compressed, or no tar"),
+        (lambda folder: pack(folder / "0.tar", FILES, "w:gz"), r"0.tar is compressed \(gzip\)"),
+        (lambda folder: (folder / "0.tar").write_bytes(b"no tar" * 200), "0.tar is no tar"),
+        (lambda folder: (folder / "0.tar").mkdir(), "0.tar cannot be read: Is a directory"),
+        (lambda folder: (folder / "0.tar").touch(), "holds no image"),
         (lambda folder: pack(folder / "0.tar", {"a.txt": b"x"}), "holds no image"),
+        (lambda folder: pack(folder / "0.tar", {"a.left.png": b"x"}), r"it has 1 .left.png \("),
     ],
 )
 def test_tars_that_cannot_be_used_are_named(tmp_path, make, message):
     make(tmp_path)
     with pytest.raises(ValueError, match=message):
         open_source(f"tar:{tmp_path}/*.tar", size=16)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """A small dataset of TFDS, as array_record."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    from composer_jax.data.tensorflow import tfds
-
-    folder, library = tmp_path_factory.mktemp("tfds") / "tiny" / "1.0.0", tfds()
-    folder.mkdir(parents=True)
-    image = library.features.Image(shape=(24, 24, 3))
-    label = library.features.ClassLabel(names=["red_cone", "blue_ball"])
-    features = library.features.FeaturesDict({"picture": image, "label": label})
-    writer = ArrayRecordWriter(
-        str(folder / "tiny-test.array_record-00000-of-00001"), "group_size:1"
-    )
-    for i in range(5):
-        writer.write(features.serialize_example({"picture": io.BytesIO(png(i, (24, 24))),
-                                                 "label": i % 2}))  # fmt: skip
-    writer.close()
-    features.save_config(str(folder))
-    split = {"name": "test", "numBytes": "1", "shardLengths": ["5"],
-             "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"}  # fmt: skip
-    info = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    return folder
-
-
-def test_tfds_gives_images_and_labels_as_captions(dataset):
-    source = open_source(f"tfds:{dataset}:test", size=24)
-    found = source.batch(range(len(source)))
-    assert found["given"]["caption"] == ["red cone", "blue ball"] * 2 + ["red cone"]
-    wanted = np.asarray(Image.open(io.BytesIO(png(3, (24, 24)))))
-    np.testing.assert_array_equal(found["image"][3], wanted)
-    with pytest.raises(ValueError, match="one of its splits"):
-        open_source(f"tfds:{dataset}:train", size=24)
-    with pytest.raises(ValueError, match="source tfds:no_such_dataset"):
-        open_source("tfds:no_such_dataset", size=24)
 
 
 def test_crops_and_flips_are_functions_of_seed_and_index(tmp_path):

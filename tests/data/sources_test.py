@@ -51,6 +51,10 @@ def test_metadata_gives_captions(folder, kind):
         ("cache:made", "'cache:made'; allowed: .*; for training cache:DIR"),
         ("scenes:many", "'many'; a whole number from 1"),
         ("folder:/does/not/exist", "does not exist"),
+        ("folder:~/does-not-exist", "/does-not-exist does not exist"),
+        ("folder:", "lacks what comes after"),
+        ("tar:", "lacks what comes after"),
+        ("tfds:", "lacks what comes after"),
     ],
 )
 def test_wrong_sources_end_in_one_line(text, message):
@@ -63,7 +67,7 @@ def test_empty_folder_and_broken_metadata(tmp_path, folder):
     with pytest.raises(ValueError, match="holds no image"):
         open_source(f"folder:{tmp_path / 'empty'}", size=16)
     (folder / "metadata.jsonl").write_text('{"file": "a.png"}')
-    with pytest.raises(ValueError, match="needs file_name and text"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl: line 1 needs file_name"):
         open_source(f"folder:{folder}", size=16)
 
 
