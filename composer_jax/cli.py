@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+from composer_jax.utils.precision import matmul_precision
+
 COMMANDS = {
     "quickstart": "the whole way in minutes, on CPU, ending in a report",
     "decompose": "take images apart into their conditions",
@@ -80,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
             rest = command.take_rest(args, rest)
         if rest:
             chosen_parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return command.run(args) or 0
+        with matmul_precision(getattr(args, "precision", None)):
+            return command.run(args) or 0
     except (ValueError, FloatingPointError) as error:
         print(f"composer: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

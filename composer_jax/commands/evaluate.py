@@ -42,6 +42,7 @@ from composer_jax.evaluation.report import Report
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import describe_model
 from composer_jax.utils.atomic import write_json
+from composer_jax.utils.precision import current_precision
 
 CHUNK = 64
 
@@ -176,6 +177,7 @@ def _settings(
         "first seed": args.seed,
         "size": pipe.size,
         "dtype": str(jnp.dtype(pipe.model.composer.dtype)),
+        "precision": current_precision(),
         **asdict(pipe.defaults.but(**options)),
     }
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         required=True,
         type=arguments.text,
-        help="v5p:2x2x1, v5e:4x4, v6e:4x4, ...; or 'here'",
+        help="chips: v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1, ...; or 'here'",
     )
     parser.add_argument(
         "--batch", type=_batch, help="over all devices (default: the config's); 'auto': what fits"
@@ -148,8 +148,9 @@ def table(report: dict, chip: Chip | None) -> str:
     if chip:
         share = report["peak_share_of_memory"]
         peak += f" of {readable(chip.memory)} ({share:.0%}{', does not fit' if share > 1 else ''})"
+    known = "" if chip else " (not a chip that we know: no share of its memory and peak)"
     lines = [
-        ("devices", f"{report['devices']} x {report['device']}; {mesh}"),
+        ("devices", f"{report['devices']} x {report['device']}; {mesh}{known}"),
         ("batch", f"{report['batch']}, {each:g} a device; remat {report['remat']}"),
         ("arguments", f"{readable(report['arguments'])} a device"),
         ("temporaries", f"{readable(report['temporaries'])} a device"),

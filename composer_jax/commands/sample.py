@@ -28,6 +28,7 @@ from composer_jax.evaluation.report import Report
 from composer_jax.sampling.options import Options
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import Series, describe_model, describe_uses
+from composer_jax.utils.precision import PRECISIONS, current_precision
 
 DTYPES = ("float32", "bfloat16")
 SHOWN = 64  # images in grid.png and in the report
@@ -84,6 +85,12 @@ def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="(default: bfloat16 on accelerators, float32 on CPU)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of products of float32: by default TF32 on GPUs and one pass of bfloat16 on TPUs; "
+        "highest keeps float32",
     )
     parser.add_argument("--batch", type=setting("batch"), help="images at a time")
     parser.add_argument(
@@ -210,6 +217,7 @@ def _call(args, pipe: Pipeline, uses: dict[str, list[Use]], options: dict[str, A
         "guide": describe_model(pipe.guide) if pipe.guide else None,
         "size": pipe.size,
         "dtype": str(jnp.dtype(pipe.model.composer.dtype)),
+        "precision": current_precision(),
         "seed": args.seed,
         **describe_uses(uses),
         **asdict(pipe.defaults.but(**options)),

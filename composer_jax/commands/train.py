@@ -30,6 +30,7 @@ from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import only
 from composer_jax.training.tasks import Task, make_task, open_data, pools_folder
 from composer_jax.utils.atomic import check_writable
+from composer_jax.utils.precision import matmul_precision
 
 log = logging.getLogger("composer_jax")
 
@@ -81,6 +82,11 @@ def train(config: ConfigDict, workdir: Path) -> Task:
     check_values(flat(config))
     check_together(config)
     check_writable(workdir)
+    with matmul_precision(config.get("precision")):
+        return _train(config, workdir)
+
+
+def _train(config: ConfigDict, workdir: Path) -> Task:
     source = open_data(config.source, config)
     if config.held_out:  # one that is not there is said before the other is taken apart
         open_data(config.held_out, config, split="test")

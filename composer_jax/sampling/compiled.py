@@ -22,6 +22,7 @@ from composer_jax.storage.programs import (
     program_name,
     write_program,
 )
+from composer_jax.utils.precision import current_precision
 
 ROOMS = ("conditions", "diffusion", "models", "sampling")  # whose code a program is made of
 
@@ -45,7 +46,11 @@ class Programs:
         """Runs the program for these weights and inputs."""
         if kind.preview or jax.local_device_count() > 1:
             return self._traced(kind, weights, inputs)
-        sizes = kind, *((leaf.dtype, leaf.shape) for leaf in jax.tree.leaves(inputs))
+        sizes = (
+            kind,
+            current_precision(),
+            *((leaf.dtype, leaf.shape) for leaf in jax.tree.leaves(inputs)),
+        )
         if sizes not in self._opened:
             name = self.name(kind, weights, inputs)
             paths = [folder / name for folder in (self.shipped, self._keep) if folder]

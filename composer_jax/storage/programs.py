@@ -19,6 +19,7 @@ from jax import export
 
 import composer_jax
 from composer_jax.utils.atomic import write_bytes
+from composer_jax.utils.precision import current_precision
 
 SUFFIX = ".stablehlo"
 TRACED = ("flax", "jax", "optax")  # packages whose code is traced, too
@@ -39,6 +40,7 @@ def program_name(rooms: Sequence[str], about: Any, inputs: Any) -> str:
     """
     shapes = [f"{a.dtype}{a.shape}" for a in jax.tree.leaves(inputs)]
     versions = [fingerprint(tuple(rooms)), *map(version, TRACED), jax.local_devices()[0].platform]
+    versions.append(current_precision())
     known = [versions, about, shapes, str(jax.tree.structure(inputs))]
     return (
         hashlib.sha256(json.dumps(known, sort_keys=True, default=repr).encode()).hexdigest()[:32]

@@ -50,6 +50,9 @@ def defaults() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.dtype = "float32"  # of computation; parameters and averages are float32
+    config.precision = (
+        "default"  # of float32's products: TF32 on GPUs, bfloat16 on TPUs; or highest
+    )
     config.accumulate = 1  # parts that a batch is taken in, for less memory
     config.trainable = ""  # a regular expression on parameters' names; empty: all
     config.optimizer = dict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from composer_jax.training.cluster import is_main
 from composer_jax.training.hardware import chip_of
+
+log = logging.getLogger("composer_jax")
 
 
 class NonFinite(FloatingPointError):
@@ -47,6 +50,9 @@ class Log:
             )
         chip = chip_of(jax.devices()[0].device_kind)
         self._peak = chip.flops if chip else None
+        if chip is None and jax.devices()[0].platform != "cpu" and is_main():
+            kind = jax.devices()[0].device_kind
+            log.warning("the peak of %r is not known; the log will have no utilisation", kind)
 
     def add(self, step: int, metrics: Mapping) -> None:
         """Keeps the metrics of a step, which may still be computed."""

@@ -28,6 +28,7 @@ from composer_jax.training.optimizer import make_optimizer
 from composer_jax.training.sharding import batch_sharding, make_mesh, shard_tree
 from composer_jax.training.state import abstract_state
 from composer_jax.training.step import jit_step, only
+from composer_jax.utils.precision import matmul_precision
 
 MOST = 64  # examples a device: tiny models have room for thousands, and XLA no end with them
 CLIP_SIZES = {  # text_length, text_width, embed_width
@@ -95,7 +96,7 @@ def compile_step(config, devices: list, batch: int) -> tuple[Any, str]:
     jitted = jit_step(shardings, loss, optimizer, config.ema, config.accumulate, config.dtype)
     platform = devices[0].platform
     platform = "cuda" if platform == "gpu" else platform
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), matmul_precision(config.get("precision")):
         lowered = jitted.trace(state, rows, seed).lower(lowering_platforms=(platform,))
     return compile_readably(lowered, devices[0])
 

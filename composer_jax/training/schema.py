@@ -27,6 +27,7 @@ from composer_jax.training.ema import LONGEST, SHORTEST
 from composer_jax.training.optimizer import MU_DTYPES, OPTIMIZERS
 from composer_jax.training.optimizer import SCHEDULES as DECLINES
 from composer_jax.training.sharding import TACTICS
+from composer_jax.utils.precision import PRECISIONS
 from composer_jax.utils.values import (
     PATTERN,
     SEED,
@@ -56,6 +57,7 @@ COMMON: dict[str, Allowed] = {
     "steps": whole(1),
     "batch": BATCH,
     "dtype": choice(*DTYPES),
+    "precision": choice(*PRECISIONS),
     "accumulate": SIZE,
     "trainable": PATTERN,
     "optimizer.name": choice(*OPTIMIZERS),

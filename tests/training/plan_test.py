@@ -108,8 +108,37 @@ def test_collectives_of_a_program_that_xla_split():
 
 
 def test_chips_are_known_by_their_kind():
-    assert chip_of("TPU v5 lite") is CHIPS["v5e"] and chip_of("TPU v5p") is CHIPS["v5p"]
-    assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["h100"] and chip_of("cpu") is None
+    kinds = {
+        "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "NVIDIA H200": "h200",
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA L4": "l4",
+        "NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA A100-PCIE-40GB": "a100-40gb",
+        "NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100 80GB PCIe": "a100-80gb-pcie",
+        "NVIDIA L40S": "l40s", "NVIDIA GH200 480GB": "gh200", "NVIDIA B200": "b200",
+    }  # fmt: skip
+    for kind, name in kinds.items():
+        assert chip_of(kind) is CHIPS[name], kind
+    assert chip_of("NVIDIA A100-SXM4-40GB").memory == 40 * 2**30
+    every = [kind for chip in CHIPS.values() for kind in chip.kinds]
+    assert len(every) == len(set(every))
+
+
+@pytest.mark.parametrize(
+    "kind", ["cpu", "TPU v5 litepod", "TPU v4 lite", "TPU v3", "NVIDIA A100", "NVIDIA L40",
+             "NVIDIA H100", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA A10G", "Tesla T4", ""],
+)  # fmt: skip
+def test_a_kind_that_is_not_known_is_not_guessed(kind):
+    assert chip_of(kind) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
+def test_topologies_count_chips():
+    for topology, name, count in (
+        ("v4:2x2x1", "v4", 4), ("v5e:2x2", "v5e", 4), ("v5p:2x2x1", "v5p", 4),
+        ("v6e:2x2", "v6e", 4), ("tpu7x:2x2x1", "tpu7x", 8),
+    ):  # fmt: skip
+        devices = devices_of(topology)
+        assert len(devices) == count and chip_of(devices[0].device_kind) is CHIPS[name]
 
 
 def test_flops_are_not_counted_where_the_compiler_hides_them():
@@ -145,6 +174,9 @@ def test_a_batch_in_which_nothing_is_stored_is_traced():
     ("words", "message"),
     [
         (["--topology", "v5x:2x2"], "did you mean 'v5"),
+        (["--topology", "v4:4x4"], "v4 comes in 3 dimensions, for example v4:2x2x1"),
+        (["--topology", "tpu7x:4x4"], "tpu7x comes in 3 dimensions"),
+        (["--topology", "v7x:2x2x1"], "there are v4, v5e, v5p, v6e, tpu7x, or 'here'"),
         (["--topology", "v5p:4x4"], "v5p comes in 3 dimensions, for example v5p:2x2x1"),
         (["--topology", "here", "--batch", "many"], "a number of examples, or auto"),
         (["--topology", "here", "--batch", "9"], "no multiple of the 8 parts"),
