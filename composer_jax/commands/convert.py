@@ -16,9 +16,19 @@ from tqdm import tqdm
 
 from composer_jax.commands import arguments
 from composer_jax.commands.unused import tell
-from composer_jax.models.clip import open_clip
+from composer_jax.models import foreign
+from composer_jax.models.caption_only import open_caption_unet
+from composer_jax.models.clip import open_clip, open_text_encoder
 from composer_jax.models.dpt_files import is_dpt, open_dpt
-from composer_jax.models.files import FORMAT, Tensor, member, read_json, write_tensors
+from composer_jax.models.files import (
+    FORMAT,
+    Tensor,
+    member,
+    open_tensors,
+    read_json,
+    write_tensors,
+)
+from composer_jax.models.hub import is_hub_name
 from composer_jax.models.peers import to_peer
 from composer_jax.models.pretrained import (
     ABOUT,
@@ -28,6 +38,7 @@ from composer_jax.models.pretrained import (
     Pretrained,
     find_source,
     kinds_in,
+    left_out,
     open_network,
 )
 from composer_jax.models.schedulers import (
@@ -35,9 +46,28 @@ from composer_jax.models.schedulers import (
     scheduler_from_diffusers,
     scheduler_to_diffusers,
 )
+from composer_jax.storage.models import find_model
 from composer_jax.utils.atomic import check_writable, write_json
-from composer_jax.utils.owned import check_apart, check_replaceable, record, replaced_folder
+from composer_jax.utils.owned import (
+    check_apart,
+    check_ours,
+    check_replaceable,
+    record,
+    replaced_folder,
+)
 
+PIPELINE = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.35.2",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizerFast"],  # whose rules are the composer's
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -73,33 +103,66 @@ def run(args: argparse.Namespace) -> None:
 
     A folder is replaced if an earlier call wrote all that is in it.
     """
-    source = find_source(args.source)
-    kinds = [kind for kind in kinds_in(source) if args.only in (None, kind)]
-    if args.prediction and "unet" not in kinds:
+    if not args.source:
+        raise ValueError("SOURCE is empty; a directory, .safetensors file or hub name is wanted")
+    source = find_source(args.source, args.only)
+    where = args.source if is_hub_name(args.source) else source
+    composer = find_model(source) if source.is_dir() else None
+    if composer and args.to == "diffusers" and args.only != "vae":
+        outputs, said = _pipeline(composer, args.only, args.prediction)
+    else:
+        outputs, said = _networks(source, where, args)
+    if not outputs:
+        raise ValueError(
+            f"{args.source} holds no {args.only or 'network'} that can be converted to "
+            f"{args.to!r}: no unet or vae of Stable Diffusion, no CLIP, no Depth Anything or DPT"
+            f"{_instead(source)}"
+        )
+    if args.prediction and "unet" not in {output.folder for output in outputs}:
         tell("--prediction", "no UNet is converted")
-    networks = [open_network(source, kind, args.prediction) for kind in kinds]
+    folders = [args.out / output.folder for output in outputs if output.folder]
+    beside = {name: values for o in outputs if not o.folder for name, values in o.texts.items()}
+    check_apart(folders, [source])
+    check_writable(args.out)
+    for folder in folders:
+        check_replaceable(folder)
+    check_ours(args.out, beside)
+    with ExitStack() as stack:
+        for output in outputs:
+            if output.folder:
+                new = stack.enter_context(replaced_folder(args.out / output.folder))
+                _write(new, output, args.dtype)
+                record(new)  # now, so that little can fail between the moves at the end
+    for name, values in beside.items():
+        write_json(args.out / name, values)
+        record(args.out, [args.out / name])
+    names = [output.folder for output in outputs if output.folder] + list(beside)
+    print(f"wrote {', '.join(names)} in {args.out}{said}")
+
+
+def _instead(source: Path) -> str:
+    """What a source without a network seems to be, for a message."""
+    if source.is_file():
+        seems = foreign.of_file(open_tensors(source))
+        return f"; it seems to be {seems}" if seems else ""
+    path = member(source, "config.json")
+    seems = foreign.of_folder(source, read_json(path) if path.is_file() else {})
+    return f"; {seems}" if seems else ""
+
+
+def _networks(source: Path, where: Path | str, args) -> tuple[list[Output], str]:
+    """What is written of a source's networks, and what else it has; `where`: its name, by which
+    the hub is asked for weights."""
+    kinds = kinds_in(source, args.only)
+    networks = [open_network(where, kind, args.prediction) for kind in kinds]
     _say(networks)
     if args.to == "diffusers":
         outputs = [one for found in networks for one in _for_diffusers(found)]
     else:
         outputs = [_ours(found) for found in networks]
-        outputs += [found] if not args.only and (found := _other(source)) else []
-    if not outputs:
-        raise ValueError(
-            f"{args.source} holds no network that can be converted to {args.to!r}: no unet or vae "
-            "of Stable Diffusion, no CLIP, no Depth Anything or DPT"
-        )
-    folders = [args.out / output.folder for output in outputs]
-    check_apart(folders, [source])
-    check_writable(args.out)
-    for folder in folders:
-        check_replaceable(folder)
-    with ExitStack() as stack:
-        for output, folder in zip(outputs, folders, strict=True):
-            new = stack.enter_context(replaced_folder(folder))
-            _write(new, output, args.dtype)
-            record(new)  # now, so that little can fail between the moves at the end
-    print(f"wrote {', '.join(output.folder for output in outputs)} in {args.out}")
+        outputs += [found] if not args.only and (found := _other(source, where)) else []
+    rest = "" if args.only or not networks else left_out(source)
+    return outputs, f"; left out: {rest}" if rest else ""
 
 
 def _ours(found: Pretrained) -> Output:
@@ -141,16 +204,57 @@ def _say(networks: Sequence[Pretrained]) -> None:
             print(f"unet {described(found.process, found.sampler)}{assumed}")
 
 
-def _other(source: Path) -> Output | None:
+def _pipeline(folder: Path, only: str | None, prediction: str | None) -> tuple[list[Output], str]:
+    """A composer's caption alone as a pipeline of Stable Diffusion, or its UNet (`only`).
+
+    Raises ValueError where diffusers' pipeline does something else than the composer.
+    """
+    unet, words, others = open_caption_unet(folder)
+    schedule, trained = unet.process["schedule"], unet.process["prediction"]
+    if prediction not in (None, trained):
+        raise ValueError(f"--prediction is {prediction}; {folder} was trained for {trained}")
+    if schedule != "sd":
+        raise ValueError(
+            f"{folder} was trained on the {schedule} schedule, which diffusers has no Stable "
+            "Diffusion with; --only vae takes its codec"
+        )
+    vae, info = open_network(folder, "vae"), read_json(folder / "model.json")
+    outputs = [one for found in ([unet] if only else [unet, vae]) for one in _for_diffusers(found)]
+    if "latents_mean" in vae.kind.to_diffusers(vae.config):
+        raise ValueError(
+            f"{folder}: its codec's latents have a mean and a deviation for each channel, which "
+            "diffusers' Stable Diffusion does not apply"
+        )
+    text, tensors, tokenizer = open_text_encoder(folder / "clip", **info.get("clip_text", {}))
+    texts, weights = dict(outputs[0].texts), dict(outputs[0].tensors)
+    texts["config.json"] |= {"sample_size": info["image_size"] // vae.config.factor}
+    if words:  # which go through a projection first
+        width = next(iter(words.values())).shape[0]
+        texts["config.json"] |= {"encoder_hid_dim": width, "encoder_hid_dim_type": "text_proj"}
+        weights |= to_peer({f"encoder_hid_proj.{name}": t for name, t in words.items()})
+    outputs[0] = replace(outputs[0], texts=texts, tensors=weights)
+    if not only:
+        scheduler = outputs[1].texts[Path(SCHEDULER).name]["_class_name"]
+        index = PIPELINE | {"scheduler": ["diffusers", scheduler]}
+        outputs += [
+            Output("text_encoder", {"config.json": text}, "model.safetensors", to_peer(tensors)),
+            Output("tokenizer", {}, "", {}, tokenizer),
+            Output("", {"model_index.json": index}, "", {}),
+        ]
+    left = f"; {', '.join(others)} have no counterpart there and are left out" if others else ""
+    return outputs, f": the composer as a text-to-image model of its caption alone{left}"
+
+
+def _other(source: Path, where: Path | str) -> Output | None:
     """A CLIP or a depth network, of transformers' layout or ours."""
     if not (source / "config.json").is_file():
         return None
     values = read_json(member(source, "config.json"))
     if values.get("model_type") == "clip":
-        tensors, rest = open_clip(source)
+        tensors, rest = open_clip(where)
         return Output("clip", {}, "model.safetensors", to_peer(tensors), rest)
     if is_dpt(values):
-        config, tensors = open_dpt(source)
+        config, tensors = open_dpt(where)
         values = {"format": FORMAT, "kind": "dpt", **config.to_dict()}
         return Output("depth", {"config.json": values}, "model.safetensors", tensors)
     return None

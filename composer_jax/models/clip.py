@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -204,6 +205,34 @@ def open_clip(source) -> tuple[dict[str, Tensor], Callable[[Path], None]]:
         tokenizer.save(target, checked.text.max_position_embeddings)
 
     return open_params(folder, module_tensors(abstract_clip(checked))), write
+
+
+def open_text_encoder(
+    source, *, skip: int = 0, pad: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], Callable[[Path], None]]:
+    """The text tower alone, as diffusers' pipelines take it: its config.json, its parameters under
+    our names, unread, and what writes its tokenizer. `skip`, `pad` as `Clip.load`; layers that are
+    skipped are left out.
+
+    Raises ValueError, one line, as `Clip.load` does.
+    """
+    folder = find_clip(source)
+    config, checked = _read_config(folder)
+    layers, tokenizer = checked.text.num_hidden_layers - skip, _read_tokenizer(folder, checked)
+    if pad is not None:
+        tokenizer = dataclasses.replace(tokenizer, special={**tokenizer.special, "pad_token": pad})
+    every = open_params(folder, module_tensors(abstract_clip(checked)))
+    layer = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")
+    tensors = {
+        name: tensor
+        for name, tensor in every.items()
+        if name.startswith("text_model.")
+        and not ((found := layer.match(name)) and int(found[1]) >= layers)
+    }
+    values = config.text_config.to_dict() | {"num_hidden_layers": layers}
+    values |= {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    length = checked.text.max_position_embeddings
+    return values, tensors, lambda target: tokenizer.save(target, length)
 
 
 def _read_config(folder: Path) -> tuple[Any, CLIPConfig]:

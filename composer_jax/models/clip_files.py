@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from composer_jax.models.files import (
     Tensor,
     Tensors,
     compare,
-    find_weights,
     in_memory,
     member,
     on_device,
@@ -30,6 +28,7 @@ from composer_jax.models.files import (
 )
 from composer_jax.models.hub import find_folder
 from composer_jax.models.peers import from_peer, to_peer
+from composer_jax.models.weight_files import choose_weights, find_weights, lacking_weights
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # all but the weights
@@ -53,14 +52,8 @@ def find_clip(source) -> Path:
 
 
 def _choose(files: set[str]) -> list[str]:
-    shard = re.compile(r"model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)")
-    weights = (
-        files & {"model.safetensors"},
-        {file for file in files if shard.fullmatch(file)},
-        files & {"model.fp16.safetensors"},
-        files & {MSGPACK},
-    )
-    return sorted(files & set(SMALL) | next(filter(None, weights), set()))
+    weights = choose_weights(files, "model") or sorted(files & {MSGPACK})
+    return sorted({*files & set(SMALL), *weights})
 
 
 def _missing(folder: Path) -> str:
@@ -68,13 +61,8 @@ def _missing(folder: Path) -> str:
     missing = [] if "config.json" in there else ["config.json"]
     if not any(there.issuperset(files) for files in FILES):
         missing += [name for name in FILES[0] if name not in there]
-    try:
-        path = _find_params(folder)
-        if path.name.endswith(".index.json"):
-            shards = read_json(path).get("weight_map", {}).values()
-            missing += sorted({name for name in shards if not (folder / name).is_file()})
-    except ValueError:
-        missing.append(f"model.safetensors or {MSGPACK}")
+    if not member(folder, MSGPACK).is_file() and (lacks := lacking_weights(folder, "model")):
+        missing.append(lacks if lacks != "model.safetensors" else f"{lacks} or {MSGPACK}")
     return ", ".join(missing)
 
 

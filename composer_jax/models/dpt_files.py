@@ -17,7 +17,6 @@ from composer_jax.models.files import (
     Tensor,
     compare,
     fill_module,
-    find_weights,
     member,
     module_tensors,
     open_tensors,
@@ -26,6 +25,7 @@ from composer_jax.models.files import (
 from composer_jax.models.hub import find_folder
 from composer_jax.models.initializers import abstract
 from composer_jax.models.peers import Rules, from_peer
+from composer_jax.models.weight_files import choose_weights, find_weights, lacking_weights
 
 KIND = "dpt"
 WHAT = "depth network"
@@ -107,7 +107,7 @@ def open_dpt(source: str | Path) -> tuple[DPTConfig, dict[str, Tensor]]:
 
 def is_dpt(values: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a depth network which `open_dpt` may read."""
-    return values.get("kind") == KIND or "model_type" in values
+    return values.get("kind") == KIND or str(values.get("model_type")) in RULES
 
 
 def read_config(values: Mapping[str, Any], processor: Mapping[str, Any] | None) -> DPTConfig:
@@ -269,18 +269,13 @@ def _abstract(config: DPTConfig, dtype=jnp.float32) -> DPT:
 def _missing(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         return "config.json"
-    endings = {path.suffix for path in folder.iterdir()}
-    if ".safetensors" in endings or endings & set(PICKLES):  # `find_weights` says what is wrong
-        return ""
-    return "model.safetensors"
+    if any(path.suffix in PICKLES for path in folder.iterdir()):
+        return ""  # `find_weights` says what is wrong
+    return lacking_weights(folder, "model")
 
 
 def _choose(files: set[str]) -> list[str]:
-    weights = sorted(file for file in files if file == "model.safetensors") or sorted(
-        file
-        for file in files
-        if file.startswith("model") and file.endswith((".safetensors", ".safetensors.index.json"))
-    )
+    weights = choose_weights(files, "model")
     if "config.json" not in files or not weights:
         return []
     return ["config.json", *({"preprocessor_config.json"} & files), *weights]

@@ -21,11 +21,25 @@ from flax import nnx
 from composer_jax.utils.atomic import new_file
 
 FORMAT = 1  # of our own directories
-DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
+DTYPES = {
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": jnp.dtype("bfloat16"),
+    "F8_E4M3": jnp.dtype("float8_e4m3fn"),
+    "F8_E5M2": jnp.dtype("float8_e5m2"),
+}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 CHECKSUMS = "crc32"  # key of a file's metadata: checksum by tensor, in what we write
 LARGEST = 65504  # float16's: what is beyond, in networks that run in half precision, is damage
 MAX_JSON = 2**24  # bytes of a model's JSON
+OTHERS = {  # what is taken for safetensors, by its first bytes
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself (git lfs pull gets it)",
+    b"PK\x03\x04": "a pickle of PyTorch by another name",
+    b"\x80": "a pickle by another name",
+    b"GGUF": "a GGUF file, which is not read",
+    b"\x89HDF": "an HDF5 file",
+    b"<": "a web page",
+}
 
 
 @dataclass(frozen=True)
@@ -107,33 +121,20 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def find_weights(root: Path, *stems: str) -> Path:
-    """The safetensors file, or the index of several, that one of `stems` names under `root`.
-
-    A stem may have folders ("unet/model"). Half-precision variants (".fp16") come last. Raises
-    ValueError where there is none; it tells how to convert a pickle that is there instead.
-    """
-    endings = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".bf16.safetensors")
-    names = [stem + ending for ending in endings for stem in stems]
-    for name in names:
-        if member(root, name).is_file():
-            return root / name
-    for stem in stems:
-        for pickle in sorted((root / stem).parent.glob("*")):
-            if pickle.suffix in PICKLES:
-                refuse_pickle(pickle)
-    raise ValueError(f"{root} lacks {' or '.join(names[: len(stems)])}")
+def is_index(path: Path) -> bool:
+    """Whether a file is the index of shards, of a variant ("x.index.fp16.json") or of none."""
+    return path.suffix == ".json" and ".index." in path.name
 
 
 def open_tensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of all files that an index (.index.json) names.
+    """The tensors of a safetensors file, or of all files that an index names.
 
-    float32, float16 and bfloat16 can be read, and must be finite and no larger than float16's
-    largest. Where the file has checksums (ours have) they are verified. Shards must lie in `root`.
+    DTYPES can be read; numbers must be finite and no larger than float16's largest. Where the file
+    has checksums (ours have) they are verified. Shards must lie in `root`.
     Raises ValueError, one line, for anything missing or broken.
     """
     refuse_pickle(path)
-    if path.name.endswith(".index.json"):
+    if is_index(path):
         return _open_shards(path, root or path.parent)
     from safetensors import SafetensorError, safe_open
 
@@ -146,7 +147,7 @@ def open_tensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is {_no_safetensors(path)}: {error}") from error
     metadata = header.pop("__metadata__", {})
     try:
         sums = json.loads(metadata.get(CHECKSUMS, "{}"))
@@ -158,6 +159,16 @@ def open_tensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
         name: _on_disk(path, name, entry, 8 + length, sums.get(name))
         for name, entry in header.items()
     }
+
+
+def _no_safetensors(path: Path) -> str:
+    """What a file that cannot be opened seems to be, by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    for head, what in OTHERS.items():
+        if start[8:9] != b"{" and start.lstrip().startswith(head):
+            return what
+    return "not a whole safetensors file"
 
 
 def _on_disk(path: Path, name: str, entry: dict, base: int, checksum: int | None) -> Tensor:
@@ -189,7 +200,8 @@ def _plausible(array: np.ndarray) -> bool:
     Without their sign, the bits of floats are in the floats' order, and those of NaN above all.
     """
     bits = array.reshape(-1).view(f"u{array.itemsize}")
-    limit = np.asarray([LARGEST], array.dtype).view(bits.dtype)[0]
+    largest = min(LARGEST, float(jnp.finfo(array.dtype).max))
+    limit = np.asarray([largest], array.dtype).view(bits.dtype)[0]
     return not array.size or (bits & (np.iinfo(bits.dtype).max >> 1)).max() <= limit
 
 
@@ -216,6 +228,9 @@ def _open_shards(index: Path, root: Path) -> dict[str, Tensor]:
 def write_tensors(path: Path, tensors: Tensors) -> None:
     """Writes a safetensors file with checksums, one tensor in memory at a time; the old file, which
     may be what is being read, stays until the new one is whole. Raises `WriteError`."""
+    for tensor in tensors.values():
+        if tensor.dtype is None:
+            tensor.read()  # says why it cannot be
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {}, 0
     for name, tensor in tensors.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from itertools import count
+from typing import Any
 
 from composer_jax.models.files import Tensors
 from composer_jax.models.peers import Rules
@@ -41,6 +42,8 @@ UNET_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 def unet_from_diffusers(values: Mapping) -> UNetConfig:
     """The config of `UNet2DConditionModel`'s config.json; raises ValueError naming a key that asks
     for what our UNet does not do."""
+    if values.get("addition_embed_type") == "text_time":
+        raise ValueError("it is Stable Diffusion XL's; UNets of Stable Diffusion 1 and 2 are read")
     blocks = list(values.get("down_block_types", [*UNET_BLOCKS][:1] * 3 + ["DownBlock2D"]))
     for block in blocks:
         if block not in UNET_BLOCKS:
@@ -165,9 +168,23 @@ def _given(values: Mapping, ours: type, **defaults) -> dict:
 
 # CompVis: one file, no config
 
-COMPVIS_PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
-COMPVIS_UNET, COMPVIS_VAE = COMPVIS_PREFIX.values()
+COMPVIS_UNET, COMPVIS_VAE = "model.diffusion_model.", "first_stage_model."
+COMPVIS_PREFIX = {"unet": COMPVIS_UNET, "vae": COMPVIS_VAE}
+# the same networks in files of their own, without a prefix
+COMPVIS_BARE = {
+    "unet": r"(input_blocks|middle_block|output_blocks|time_embed|out)\..*",
+    "vae": r"(encoder\.(conv_|down\.|mid\.|norm_)|decoder\.(conv_|up\.|mid\.|norm_)"
+    r"|quant_conv\.|post_quant_conv\.).*",
+}
 COMPVIS_LOSS = r"first_stage_model\.loss\..*"  # what the codec was trained with
+
+
+def compvis_part(tensors: Tensors, kind: str) -> dict[str, Any]:
+    """The tensors of one network in a single file, under the names they have in a whole one."""
+    prefix, bare = COMPVIS_PREFIX[kind], COMPVIS_BARE[kind]
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    alone = {n: tensor for n, tensor in tensors.items() if re.fullmatch(bare, n)}
+    return found or {prefix + name: tensor for name, tensor in alone.items()}
 
 
 def unet_from_compvis(tensors: Tensors) -> tuple[UNetConfig, Rules]:

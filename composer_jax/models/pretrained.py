@@ -7,7 +7,6 @@ what is missing, surplus or mis-shaped is said before any number is read.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,17 +17,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from composer_jax.diffusion.process import Process
-from composer_jax.models import layouts
+from composer_jax.models import foreign, layouts
 from composer_jax.models.files import (
     FORMAT,
     Tensor,
     compare,
     fill_module,
-    find_weights,
     member,
     module_tensors,
     open_tensors,
     read_json,
+    refuse_pickle,
 )
 from composer_jax.models.hub import find_folder
 from composer_jax.models.initializers import abstract
@@ -36,10 +35,12 @@ from composer_jax.models.peers import Rules, from_peer
 from composer_jax.models.schedulers import scheduler_from_diffusers, trained_for, with_prediction
 from composer_jax.models.unet import UNet, UNetConfig
 from composer_jax.models.vae import VAE, VAEConfig
+from composer_jax.models.weight_files import choose_weights, find_weights, lacking_weights
 
 DIFFUSERS = "diffusion_pytorch_model"  # what diffusers calls its weights
 SCHEDULER = "scheduler/scheduler_config.json"
 ABOUT = ("process", "sampler", "scheduler")  # what our files say of a UNet, beside its config
+MODEL_INDEX = "model_index.json"  # a pipeline's: which parts it has, each in a folder
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,16 @@ def _opened(source, kind: Kind, prediction: str | None) -> Pretrained:
         return _compvis(Path(source), kind, prediction)
 
     def missing(folder: Path) -> str:
-        return "" if _place(folder, kind) else f"{kind.name}/config.json"
+        if _place(folder, kind):
+            return ""
+        instead = foreign.of_pipeline(_entries(folder), folder)
+        return f"{kind.name}/config.json" + (f"; {instead}" if instead else "")
+
+    def incomplete(folder: Path) -> str:
+        return missing(folder) or _incomplete(folder, kind)
 
     choose = partial(_choose, folders=(kind.name, "scheduler", ""))
-    root = find_folder(source, kind.name, choose, missing)
+    root = find_folder(source, kind.name, choose, missing, incomplete)
     place = _place(root, kind)
     values = read_json(member(root, place))
     try:
@@ -138,25 +145,89 @@ def _opened(source, kind: Kind, prediction: str | None) -> Pretrained:
         raise ValueError(f"{root / place} is broken: {error!r}") from error
 
 
-def find_source(source) -> Path:
-    """A file, a directory, or the directory that the hub's files of that name were fetched to.
+def find_source(source, only: str | None = None) -> Path:
+    """A file, a directory, or the directory that the hub's JSON of that name was fetched to.
 
-    Raises ValueError, one line, where it is none of them.
+    `only`: the one network that is asked for. Raises ValueError, one line, where it is none of
+    them.
     """
     path = Path(source)
     if path.exists():
         return path
-    choose = partial(_choose, folders=("", *KINDS, "scheduler"))
-    return find_folder(source, "model", choose, lambda folder: "")
+
+    def incomplete(folder: Path) -> str:
+        wanted = [only] if only else _promised(folder)
+        if not wanted and not (folder / "config.json").is_file():
+            return MODEL_INDEX
+        return ", ".join(f"{k}/config.json" for k in wanted if not _place(folder, KINDS[k]))
+
+    def choose(files: set[str]) -> list[str]:
+        folders = ("", *KINDS, "scheduler")
+        return [name for name in _choose(files, folders) if name.endswith(".json")]
+
+    return find_folder(source, "model", choose, lambda folder: "", incomplete)
 
 
-def kinds_in(source: Path) -> list[str]:
-    """Which of KINDS a file or directory holds; nothing of it is checked yet."""
+def kinds_in(source: Path, only: str | None = None) -> list[str]:
+    """Which of KINDS a file or directory holds, or whether it holds `only`; nothing of it is
+    checked yet.
+
+    Raises ValueError where a directory's model_index.json names one that is not there, or a network
+    of another kind in place of the UNet, unless `only` asks for what is there.
+    """
     if source.is_file():
-        names = list(open_tensors(source))
-        prefixes = layouts.COMPVIS_PREFIX.items()
-        return [kind for kind, prefix in prefixes if any(n.startswith(prefix) for n in names)]
-    return [name for name, kind in KINDS.items() if _place(source, kind)]
+        tensors = _open_file(source)
+        found = [kind for kind in KINDS if layouts.compvis_part(tensors, kind)]
+        return [kind for kind in found if only in (None, kind)]
+    found = [name for name, kind in KINDS.items() if _place(source, kind)]
+    if only in found:
+        return [only]
+    there = f"; --only {found[0]} would take what is there" if found else ""
+    for name in _promised(source):
+        if name not in found:
+            raise ValueError(
+                f"{source} lacks {name}/config.json, and its {MODEL_INDEX} names a {name}{there}"
+            )
+    instead = foreign.of_pipeline(_entries(source), source)
+    if instead and "unet" not in found:
+        raise ValueError(f"{source} holds no UNet: {instead}{there}")
+    return [] if only else found
+
+
+def _promised(folder: Path) -> list[str]:
+    """The networks that a pipeline's model_index.json names."""
+    values = _entries(folder)
+    return [name for name in KINDS if (values.get(name) or [None])[0]]
+
+
+def _incomplete(root: Path, kind: Kind) -> str:
+    """What a snapshot of the hub lacks of a network whose config is there."""
+    place = _place(root, kind)
+    ours = "format" in read_json(member(root, place))
+    stem = ("unet" if place.endswith("model.json") else "model") if ours else DIFFUSERS
+    lacks = lacking_weights(root, str(Path(place).parent / stem))
+    if lacks or kind.name != "unet" or place != "unet/config.json":
+        return lacks
+    # what a UNet predicts stands beside it
+    entries = _entries(root)
+    needless = entries and "scheduler" not in entries
+    return "" if needless or (root / SCHEDULER).is_file() else SCHEDULER
+
+
+def left_out(source: Path) -> str:
+    """What of a single file or a pipeline's directory is neither UNet nor codec, "" for nothing."""
+    if source.is_file():
+        parts = {name.split(".")[0] for name in open_tensors(source)}
+    else:
+        parts = {name for name, value in _entries(source).items() if isinstance(value, list)}
+        parts = {name for name in parts if _entries(source)[name][:1] not in ([], [None])}
+    named = [what for part, what in foreign.PARTS.items() if part in parts]
+    return ", ".join(dict.fromkeys(named))
+
+
+def _entries(root: Path) -> dict:
+    path = member(root, MODEL_INDEX)
+    return read_json(path) if path.is_file() else {}
 
 
 def _diffusers(root: Path, place: str, values: dict, kind: Kind, prediction) -> Pretrained:
@@ -187,16 +258,27 @@ def _scheduler(root: Path, prediction: str | None) -> dict:
     return {"process": process, "sampler": sampler, "scheduler": values}
 
 
+def _open_file(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a single file; raises ValueError where it is of another kind."""
+    refuse_pickle(path)
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path} is no .safetensors file, and no other single file is read")
+    return open_tensors(path)
+
+
 def _compvis(path: Path, kind: Kind, prediction: str | None) -> Pretrained:
-    tensors = every = open_tensors(path)
-    prefix = layouts.COMPVIS_PREFIX[kind.name]
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    every = _open_file(path)
+    tensors, what = layouts.compvis_part(every, kind.name), foreign.of_file(every)
     if not tensors:
-        raise ValueError(f"{path} holds no {kind.name}: no tensor is named {prefix}*")
+        raise ValueError(
+            f"{path} holds no {kind.name}: no tensor is named {layouts.COMPVIS_PREFIX[kind.name]}*"
+            + (f"; it seems to be {what}" if what else "")
+        )
     try:
         config, rules = kind.from_compvis(tensors)
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        seems = f"; it seems to be {what}" if what else ""
+        raise ValueError(f"{path}: {error}{seems}") from error
     about = {"process": {}}
     if kind.name == "unet":
         about = _marked(path, every, config.use_linear_projection, prediction)
@@ -223,6 +305,11 @@ def _marked(path: Path, tensors: Mapping, linear: bool, prediction: str | None) 
 
 
 def _translated(kind: Kind, config, tensors, path: Path, about, rules, ignore="") -> Pretrained:
+    if kind.name == "unet":
+        try:
+            foreign.refuse_inputs(config.in_channels, config.out_channels)
+        except ValueError as error:
+            raise ValueError(f"{path} is {error}") from None
     wanted = module_tensors(_abstract(kind, config))
     ours = from_peer(wanted, tensors, str(path), rules, ignore)
     return Pretrained(kind, config, ours, str(path), **about)
@@ -270,7 +357,12 @@ def _place(root: Path, kind: Kind) -> str | None:
 
 
 def _choose(files: set[str], folders: Sequence[str]) -> list[str]:
-    """What to fetch of a hub's files: JSON, texts and whole-precision weights of known names."""
-    known = rf"({DIFFUSERS}|model)(-\d+-of-\d+)?\.safetensors|[^/]+\.(json|txt)"
-    split = ((name, *name.rpartition("/")[::2]) for name in sorted(files))
-    return [n for n, folder, leaf in split if folder in folders and re.fullmatch(known, leaf)]
+    """What to fetch of a hub's files: JSON, texts and one variant of the weights of each folder."""
+    chosen = []
+    for folder in folders:
+        split = (name.rpartition("/") for name in sorted(files))
+        names = [leaf for parent, _, leaf in split if parent == folder]
+        texts = [n for n in names if n.endswith((".json", ".txt")) and ".index." not in n]
+        weights = choose_weights(names, DIFFUSERS, "model")
+        chosen += [f"{folder}/{name}".lstrip("/") for name in (*texts, *weights)]
+    return chosen

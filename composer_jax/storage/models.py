@@ -32,6 +32,7 @@ from composer_jax.models.files import (
     read_json,
     write_tensors,
 )
+from composer_jax.models.foreign import refuse_inputs
 from composer_jax.models.initializers import abstract
 from composer_jax.models.objects import ObjectConfig, ObjectDetector
 from composer_jax.models.pretrained import open_vae
@@ -146,6 +147,21 @@ def find_model(where: str | Path) -> Path | None:
     return next((at for at in (folder, folder / "model") if (at / "model.json").is_file()), None)
 
 
+def _no_model(where: str | Path) -> str:
+    """Why a place is no model directory, for a message."""
+    reason, unet = "does not exist", Path(where) / "unet" / "config.json"
+    if unet.is_file():
+        values = read_json(unet)
+        try:
+            refuse_inputs(values.get("in_channels", 4), values.get("out_channels", 4))
+        except ValueError as error:
+            return f"{where} is {error}"
+        reason = "has a UNet alone, which a composer can be trained around (init_from)"
+    elif Path(where).exists():
+        reason = "has no model.json"
+    return f"{where} {reason}; a model directory or training workdir is wanted"
+
+
 def load_model(where: str | Path | None = None, dtype=None) -> Model:
     """Reads a model directory or a training workdir; without `where` the bundled model.
 
@@ -154,8 +170,7 @@ def load_model(where: str | Path | None = None, dtype=None) -> Model:
     """
     folder = find_model("bundled" if where is None else where)
     if folder is None:
-        reason = "has no model.json" if Path(where).exists() else "does not exist"
-        raise ValueError(f"{where} {reason}; a model directory or training workdir is wanted")
+        raise ValueError(_no_model(where))
     info = read_json(folder / "model.json")
     if info.get("format") != FORMAT:
         raise ValueError(f"{folder}: format {info.get('format')}; this version reads {FORMAT}")

@@ -101,6 +101,13 @@ def chance_of(config, name: str) -> float:
     return chance
 
 
+def check_start(config) -> None:
+    """Raises ValueError where `config.init_from` is no UNet or composer that can be started from,
+    before anything costly is done."""
+    if config.init_from and not find_model(config.init_from):
+        open_unet(config.init_from)
+
+
 def _start(
     config, composer_config: ComposerConfig
 ) -> tuple[Process, dict[str, Tensor], Sequence[str]]:

@@ -30,7 +30,7 @@ from composer_jax.models.objects import ObjectConfig, ObjectDetector, object_los
 from composer_jax.models.vae import VAE, VAEConfig, codec_loss, pca_skip, standardised
 from composer_jax.storage.models import save_model, save_part
 from composer_jax.training.cluster import share
-from composer_jax.training.composer import make_recipe
+from composer_jax.training.composer import check_start, make_recipe
 from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import Loss
 from composer_jax.utils.owned import replaced_folder
@@ -278,6 +278,7 @@ def objects_task(config, source: Source | Caches, workdir: Path) -> Task:
 
 def composer_task(config, source: Source | Caches, workdir: Path) -> Task:
     """The composer on latents of a fixed codec and embeddings of a fixed CLIP."""
+    check_start(config)
     extractors = load_extractors(config)
     vae, clip, tools = extractors.vae, extractors.clip, extractors.tools
     pools = pools_folder(config, workdir)

@@ -9,13 +9,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from composer_jax.models.files import (
-    find_weights,
     in_memory,
     member,
     open_tensors,
     read_json,
     write_tensors,
 )
+from composer_jax.models.weight_files import find_weights
 
 pytestmark = pytest.mark.fast
 
@@ -204,3 +204,42 @@ def test_json_that_is_none_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"config\.json is not (a )?JSON"):
             read_json(path)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_is_read_and_written(tmp_path, name):
+    dtype, path = jnp.dtype(name), tmp_path / "w.safetensors"
+    largest = float(jnp.finfo(dtype).max)
+    array = np.asarray([0.5, -largest, 0.0, largest], dtype)
+    write_tensors(path, {"a": in_memory(array)})
+    np.testing.assert_array_equal(read(path)["a"].astype(np.float32), array.astype(np.float32))
+    said = "F8_E4M3" if "e4m3" in name else "F8_E5M2"  # safetensors' names
+    assert said.encode() in path.read_bytes()[:300]
+    write_tensors(path, {"a": in_memory(np.asarray([np.nan], dtype))})
+    with pytest.raises(ValueError, match="numbers that are not finite"):
+        read(path)
+
+
+def test_a_dtype_that_is_not_read_is_named(tmp_path):
+    save_file({"a": np.zeros(2, np.float64)}, tmp_path / "w.safetensors")
+    tensors = open_tensors(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"tensor a is F64; allowed: F32, F16, BF16, F8_E4M3"):
+        write_tensors(tmp_path / "again.safetensors", tensors)
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
+        (b"PK\x03\x04\x00\x00", "a pickle of PyTorch by another name"),
+        (b"\x80\x02}q\x00", "a pickle by another name"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"GGUF\x03", "a GGUF file"),
+        (b"\x89HDF\r\n", "an HDF5 file"),
+        (b"", "not a whole safetensors file"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_named(tmp_path, start, what):
+    (tmp_path / "w.safetensors").write_bytes(start)
+    with pytest.raises(ValueError, match=f"is {what}"):
+        open_tensors(tmp_path / "w.safetensors")

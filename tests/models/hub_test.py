@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.numpy import save_file
 
 from composer_jax.models.hub import find_folder
 
@@ -30,10 +32,12 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     real = huggingface_hub.snapshot_download
 
-    def info(self, name, timeout):
+    def info(self, name, timeout, files_metadata):
         if isinstance(network.info, Exception):
             raise network.info
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f) for f in network.info])
+        return SimpleNamespace(
+            siblings=[SimpleNamespace(rfilename=f, size=None) for f in network.info]
+        )
 
     def fetch(name, local_files_only=False, allow_patterns=None):
         if local_files_only:
@@ -54,7 +58,9 @@ def cached(cache, name, files):
         folder.mkdir(parents=True, exist_ok=True)
     (home / "refs" / "main").write_text("0" * 40)
     for file in files:
-        (home / "blobs" / file).write_text(file)
+        save_file({"a": np.zeros(1)}, home / "blobs" / file)
+        if file.endswith(".json"):
+            (home / "blobs" / file).write_text("{}")
         (snapshot / file).symlink_to(home / "blobs" / file)
     return snapshot
 
@@ -88,8 +94,12 @@ class ConnectError(Exception):
 def test_without_a_network_there_is_one_line(hub, failure):
     hub.info = failure
     cached(hub.cache, "owner/half", ["config.json"])
-    for name in ("owner/clip", "owner/half"):
-        message = rf"CLIP {name}: .* the hub cannot be reached \({type(failure).__name__}\); give"
+    for name, there in (
+        ("owner/clip", "no such directory"),
+        ("owner/half", r"its copy in the hub's cache, .*, lacks model\.safetensors"),
+    ):
+        reason = type(failure).__name__
+        message = rf"CLIP {name}: {there}, and the hub cannot be reached \({reason}\); try again"
         with pytest.raises(ValueError, match=message) as error:
             find(name)
         assert "\n" not in str(error.value)

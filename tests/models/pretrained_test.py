@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from composer_jax.models.files import (
     open_tensors,
     write_tensors,
 )
+from composer_jax.models.initializers import abstract
 from composer_jax.models.layouts import (
+    COMPVIS_PREFIX,
     compvis_unet_rules,
     compvis_vae_rules,
     unet_from_diffusers,
@@ -23,7 +26,7 @@ from composer_jax.models.layouts import (
     vae_to_diffusers,
 )
 from composer_jax.models.peers import to_peer
-from composer_jax.models.pretrained import kinds_in, open_unet, open_vae
+from composer_jax.models.pretrained import kinds_in, left_out, open_unet, open_vae
 from composer_jax.models.unet import PRESETS, UNet, UNetConfig
 from composer_jax.models.vae import VAE, VAEConfig
 from composer_jax.utils.atomic import write_json
@@ -234,3 +237,95 @@ def test_a_tensor_knows_its_shape_unread():
 
     tensor = Tensor((2, 3, 1, 1), np.dtype("float32"), never)
     assert tensor.apply(lambda array: array.reshape(2, 3).T).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [(9, "is an inpainting UNet"), (8, "is a UNet of InstructPix2Pix's kind"),
+     (7, "is an upscaler's UNet"), (5, "is a depth-to-image UNet"), (20, "with further inputs")],
+)  # fmt: skip
+def test_unets_that_take_more_than_a_latent_are_named(sd, tmp_path, channels, message):
+    """As a folder and as a single file, before anything is read."""
+    path, wanted = sd / "unet" / "config.json", message + rf".*{channels} channels and gives 4"
+    write_json(path, json.loads(path.read_text()) | {"in_channels": channels})
+    with pytest.raises(ValueError, match=wanted):
+        open_unet(sd)
+    unread = {n: Tensor(t.shape, t.dtype, None) for n, t in module_tensors(
+        abstract(UNet, replace(UNET, in_channels=channels))).items()}  # fmt: skip
+    single = {n: in_memory(np.zeros(t.shape, np.float32))
+              for n, t in to_peer(unread, compvis_unet_rules(UNET)).items()}  # fmt: skip
+    write_tensors(tmp_path / "one.safetensors", single)
+    with pytest.raises(ValueError, match=wanted):
+        open_unet(tmp_path / "one.safetensors")
+
+
+def test_networks_in_files_of_their_own_have_no_prefix(networks, tmp_path):
+    for name, rules, config, open_it in (
+        ("unet", compvis_unet_rules, UNET, open_unet),
+        ("vae", compvis_vae_rules, CODEC, open_vae),
+    ):
+        tensors = to_peer(module_tensors(networks[name]), rules(config))
+        prefix = COMPVIS_PREFIX[name]
+        bare = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+        more = {"loss.logvar": in_memory(np.ones(1, np.float32))}
+        path = tmp_path / f"{name}.safetensors"
+        write_tensors(path, bare | more)
+        assert same(open_it(path), networks[name]) and kinds_in(path) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA"),
+        ("unet.down_blocks.0.attn1.to_q.lora_A.weight", "a LoRA"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "a transformer"),
+        ("double_blocks.0.img_attn.qkv.weight", "a transformer"),
+        ("conditioner.embedders.0.transformer.weight", "Stable Diffusion XL"),
+        ("control_model.input_hint_block.0.weight", "a ControlNet"),
+        ("emb_params", "an embedding of textual inversion"),
+        ("down_blocks.0.resnets.0.conv1.weight", "give the folder with both"),
+        ("text_model.embeddings.token_embedding.weight", "a text encoder"),
+    ],
+)
+def test_single_files_of_other_models_are_named(tmp_path, name, what):
+    path = tmp_path / "one.safetensors"
+    write_tensors(path, {name: in_memory(np.ones((2, 2), np.float32))})
+    with pytest.raises(ValueError, match=f"seems to be .*{what}"):
+        open_unet(path)
+
+
+@pytest.mark.parametrize("name", ["w.msgpack", "w.h5", "w.gguf", "w", "w.zip"])
+def test_single_files_of_other_formats_are_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"?")
+    with pytest.raises(ValueError, match=r"is no \.safetensors file, and no other single file"):
+        open_vae(tmp_path / name)
+
+
+def test_folders_of_other_models_are_named(sd, tmp_path):
+    flux = tmp_path / "flux"
+    (flux / "transformer").mkdir(parents=True)
+    write_json(flux / "model_index.json", {"_class_name": "FluxPipeline",
+                                           "transformer": ["diffusers", "Flux"]})  # fmt: skip
+    with pytest.raises(ValueError, match="FluxPipeline has a transformer, which"):
+        open_unet(flux)
+    path = sd / "unet" / "config.json"
+    write_json(path, json.loads(path.read_text()) | {"addition_embed_type": "text_time"})
+    with pytest.raises(ValueError, match="it is Stable Diffusion XL's"):
+        open_unet(sd)
+
+
+def test_a_network_that_the_index_promises_is_missed(sd):
+    index = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+             "safety_checker": [None, None], "tokenizer": ["transformers", "CLIP"]}  # fmt: skip
+    write_json(sd / "model_index.json", index)
+    assert kinds_in(sd) == ["unet", "vae"] and left_out(sd) == "the tokenizer"
+    (sd / "unet" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks unet/config\.json, .*; --only vae would take"):
+        kinds_in(sd)
+
+
+def test_what_of_a_single_file_is_left_out(tmp_path):
+    names = ("model_ema.diffusion_modelx", "cond_stage_model.transformer.a", "alphas_cumprod")
+    one = in_memory(np.ones(1, np.float32))
+    write_tensors(tmp_path / "one.safetensors", dict.fromkeys(names, one))
+    assert left_out(tmp_path / "one.safetensors") == "the moving average, the text encoder"
