@@ -43,6 +43,7 @@ from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import describe_model
 from composer_jax.utils.atomic import write_json
 from composer_jax.utils.precision import current_precision
+from composer_jax.utils.values import SEED
 
 CHUNK = 64
 
@@ -151,9 +152,7 @@ def _checked(args: argparse.Namespace) -> list[str]:
         if word not in EXPERIMENTS:
             hint = meant(word, EXPERIMENTS)
             raise ValueError(f"no experiment {word!r}{hint}; there are {', '.join(EXPERIMENTS)}")
-    for name, least in (("count", 2), ("seeds", 1), ("few", 2)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} is {getattr(args, name)}; at least {least} is wanted")
+    SEED.check("the last seed, --seed + --seeds - 1,", args.seed + args.seeds - 1)
     return wanted
 
 

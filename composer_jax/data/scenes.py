@@ -61,7 +61,8 @@ EXCLUSIVE = (  # words of captions of which one makes another false
 )
 MOST = 4
 CHUNK = 16
-TEST_SEED = 1 << 20  # added to the seed for held-out scenes
+TEST_SEED = 1 << 20  # added to the seed for held-out scenes; training's from here on are moved
+MOVED = 1 << 63  # by this, so that no scene is both
 
 
 def describe(seed: int, index: int) -> dict:
@@ -70,7 +71,7 @@ def describe(seed: int, index: int) -> dict:
     Arrays have `MOST` rows for objects, of which the first `count` stand in the scene. `objects`
     is a list of dicts (shape, colour, size, material, screen x in [-1, 1], distance).
     """
-    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
     count = int(rng.integers(1, MOST + 1))
     distance, height = rng.uniform(4.6, 6.6), rng.uniform(1.5, 4.0)
     turn, lens = rng.uniform(0, 2 * math.pi), field_of_view(rng.uniform(44, 58))
@@ -188,7 +189,8 @@ class Scenes(Source):
 
     def __init__(self, count: int, *, size: int, seed: int = 0, split: str = "train"):
         self.name, self.size, self.count, self.split = f"scenes:{count}", size, count, split
-        self.seed = seed + (TEST_SEED if split == "test" else 0)
+        trained = 0 if seed < TEST_SEED else MOVED
+        self.seed = seed + (TEST_SEED if split == "test" else trained)
 
     @property
     def key(self) -> str:

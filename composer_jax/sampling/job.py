@@ -32,6 +32,7 @@ from composer_jax.diffusion.process import Process
 from composer_jax.models.composer import ComposerConfig
 from composer_jax.sampling.options import GRID, Options
 from composer_jax.sampling.program import Kind
+from composer_jax.utils.seeds import seed_words
 
 POSITIONS = 1024  # pixels of latents that a microbatch has, if it may be more than one image
 
@@ -150,7 +151,7 @@ def make_job(
         "probe": plan.probe,
     }
     own = {
-        "seeds": np.asarray(seeds, np.uint32),
+        "seeds": np.array([(*seed_words(seed), index) for seed, index in seeds], np.uint32),
         **_latents(frame, len(stored), noise, known, keep),
     }
     made = bank_of(frame.config, frame.size, stored, bank(uses, values))

@@ -23,6 +23,7 @@ from composer_jax.models.composer import Composer
 from composer_jax.models.vae import VAE
 from composer_jax.sampling.once import hoisted
 from composer_jax.sampling.rows import Rows, arrange, evaluate_rows
+from composer_jax.utils.seeds import key_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def program(
         values      condition -> part -> float32 [B, J, ...]: the bank
         plan        the fields of `diffusion.Plan`
         times       float32 [steps + 1]: the solver's grid
-        seeds       uint32 [B, 2]: (seed, index) of each image's noise
+        seeds       uint32 [B, 3]: the seed's words and the index of each image's noise
         noise       float32 [B, h, w, c], in place of drawn noise where `own_noise`
         known       float32 [B, h, w, c]: latents of given images
         from_known  whether sampling starts from them, diffused to the first time
@@ -85,7 +86,7 @@ def program(
     if kind.inversion:
         way = (kind.solver, kind.inversion, kind.iterations)
         return {"latents": inversion.invert(evaluate, known, times, process, *way)}
-    keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1]))(inputs["seeds"])
+    keys = jax.vmap(lambda s: jax.random.fold_in(key_of(s[:2]), s[2]))(inputs["seeds"])
     drawn = jax.vmap(lambda key: jax.random.normal(key, known.shape[1:]))(keys)
     noise = jnp.where(inputs["own_noise"], inputs["noise"], drawn)
     latents = solvers.sample(

@@ -14,6 +14,7 @@ from composer_jax.training.loop import Hook
 from composer_jax.training.sharding import gathered, to_devices
 from composer_jax.training.state import TrainState
 from composer_jax.training.step import Loss, example_keys, in_parts
+from composer_jax.utils.seeds import key_of, seed_words
 
 
 def held_out_loss(
@@ -35,6 +36,7 @@ def held_out_loss(
     batch is taken in, as in training.
     """
     evaluate: Callable | None = None
+    words = seed_words(seed)
     local = size // part[1]
 
     def counted(i: int, mesh):
@@ -53,7 +55,7 @@ def held_out_loss(
         rows, upcoming, batches = [], counted(0, mesh), -(-count // size)
         with jax.set_mesh(mesh):
             for i in range(batches):
-                row = evaluate(state.ema, *upcoming, np.uint32(seed), np.uint32(i))
+                row = evaluate(state.ema, *upcoming, words, np.uint32(i))
                 if i + 1 < batches:  # the host makes the next batch while the device works
                     upcoming = counted(i + 1, mesh)
                 rows.append(jax.device_get(row))
@@ -66,7 +68,7 @@ def _evaluate(
     params, batch, counts, seed, index, *, loss: Loss, shardings, dtype, parts: int
 ) -> dict:
     """Sums over the examples that count."""
-    key = jax.random.fold_in(jax.random.key(seed), index)
+    key = jax.random.fold_in(key_of(seed), index)
     keys = example_keys(key, len(jax.tree.leaves(batch)[0]))
     params = gathered(params, shardings, dtype)
 

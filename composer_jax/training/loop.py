@@ -24,6 +24,7 @@ from composer_jax.training.log import Log, NonFinite
 from composer_jax.training.sharding import make_mesh, shard_tree, to_devices
 from composer_jax.training.state import TrainState, abstract_state, start_state
 from composer_jax.training.step import Loss, jit_step
+from composer_jax.utils.seeds import seed_words
 
 log = logging.getLogger("composer_jax")
 
@@ -109,7 +110,7 @@ def train(
     del params
 
     jitted = jit_step(shardings, loss, optimizer, settings.ema, settings.accumulate, settings.dtype)
-    seed = np.uint32(settings.seed)
+    seed = seed_words(settings.seed)
     told = Log(workdir, start, settings.steps, settings.batch, notes.get("waiting", ()))
     try:
         with _failures_explained(batch, workdir), Stop() as stop:

@@ -92,7 +92,7 @@ def compile_step(config, devices: list, batch: int) -> tuple[Any, str]:
 
     state = jax.tree.map(placed, abstract, shardings)
     rows = jax.tree.map(lambda s: placed(s, batch_sharding(mesh)), shapes)
-    seed = placed(jax.ShapeDtypeStruct((), jnp.uint32), NamedSharding(mesh, PartitionSpec()))
+    seed = placed(jax.ShapeDtypeStruct((2,), jnp.uint32), NamedSharding(mesh, PartitionSpec()))
     jitted = jit_step(shardings, loss, optimizer, config.ema, config.accumulate, config.dtype)
     platform = devices[0].platform
     platform = "cuda" if platform == "gpu" else platform

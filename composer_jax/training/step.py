@@ -15,6 +15,7 @@ from composer_jax.models.files import dotted
 from composer_jax.training.ema import average
 from composer_jax.training.sharding import gathered
 from composer_jax.training.state import TrainState
+from composer_jax.utils.seeds import key_of
 
 # of parameters, a batch and a key for each of its examples: the loss of each example [B], and
 # numbers of each for the log. The loss of a batch is their mean, however the batch is cut.
@@ -93,12 +94,13 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One step; returns the new state and scalars (loss, the loss's own, norms).
 
-    Pure. Randomness is `fold_in(key(seed), state.step)` and the example's index. `accumulate`:
+    Pure. `seed`: its words, uint32 [2]. Randomness is `fold_in(key_of(seed), state.step)` and the
+    example's index. `accumulate`:
     into how many parts the batch is taken, one after the other, for a gradient that needs less
     memory; the result is the same. The exponential average warms up: its decay is
     min(ema_decay, (1 + n) / (10 + n)).
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(key_of(seed), state.step)
     keys = example_keys(key, len(jax.tree.leaves(batch)[0]))
     metrics, gradient = _gradient(loss, state.params, batch, keys, accumulate)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from composer_jax.conditions.base import meant
-from composer_jax.training.config import load_config, python_file
+from composer_jax.training.config import called, load_config, python_file
 
 KEYS = ("config", "overrides", "runs", "grid", "seeds", "evaluate")
 
@@ -60,7 +60,9 @@ def load_sweep(text: str, overrides: Sequence[str] = ()) -> Sweep:
     module = _module(text)
     if not hasattr(module, "get_sweep"):
         raise ValueError(f"{text} has no get_sweep(); a sweep file is wanted, not a config")
-    given = module.get_sweep()
+    given = called(module, "get_sweep", text)
+    if not isinstance(given, Mapping) or not given.get("config"):
+        raise ValueError(f"{text}: get_sweep() returns no dict with a config")
     for key in given:
         if key not in KEYS:
             raise ValueError(

@@ -55,7 +55,7 @@ def test_each_image_has_its_place_in_padded_microbatches(vectors, batch, first):
     made = job(Options(steps=2, batch=batch), noise=NOISE)
     own, sizes = kept(made, first)
     assert set(sizes) == {batch} and len(sizes) == -(-COUNT // batch) - first // batch
-    np.testing.assert_array_equal(own["seeds"], [(7, index) for index in range(first, COUNT)])
+    np.testing.assert_array_equal(own["seeds"], [(7, 0, index) for index in range(first, COUNT)])
     np.testing.assert_array_equal(own["noise"], NOISE[first:])
     np.testing.assert_array_equal(own["palette"][:, 0], vectors[first:])
 
