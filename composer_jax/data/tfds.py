@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from composer_jax.conditions.base import meant
-from composer_jax.conditions.image import load_image
+from composer_jax.conditions.image import decode_image, load_image
 from composer_jax.data.metadata import CAPTIONS
 from composer_jax.data.sources import Crop, Images
 
@@ -52,9 +52,14 @@ class Tfds(Images):
         except ValueError as error:
             raise ValueError(f"source tfds:{text}: {error}") from None
         image = library.features.Image
-        masks = [key for key, feature in features.items() if isinstance(feature, image)]
-        unused = [key for key in masks if key != self.fields["image"]]
-        decoders = {key: library.decode.SkipDecoding() for key in unused}
+        own = self.fields["image"]
+        self._encoded = features[own].np_dtype in (np.uint8, np.uint16)  # floats are packed as PNG
+        skipped = [
+            key
+            for key, feature in features.items()
+            if isinstance(feature, image) and (key != own or self._encoded)
+        ]
+        decoders = {key: library.decode.SkipDecoding() for key in skipped}
         self._rows = opened(builder.as_data_source, split=split or "train", decoders=decoders)
         caption = self.fields["caption"]
         if caption is None:
@@ -76,7 +81,11 @@ class Tfds(Images):
             row = self._rows[index]
         except Exception as error:
             raise ValueError(f"example {index}: {error}") from error
-        image, caption = load_image(np.asarray(row[self.fields["image"]])), self.fields["caption"]
+        image, caption = row[self.fields["image"]], self.fields["caption"]
+        if self._encoded:  # the library's decoder knows no colour profile and no orientation
+            image = decode_image(bytes(image), self.label(index))
+        else:
+            image = load_image(np.asarray(image))
         if caption is None:
             return image, []
         value = row[caption]

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from composer_jax.conditions.image import decode_image
 from composer_jax.data.sources import open_source
 from composer_jax.data.tfds import choose
+from tests.png import png as png_with
 
 
 def png(seed):
@@ -16,6 +18,12 @@ def png(seed):
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def linear():
+    """`png(2)`, whose file says that its levels are linear light."""
+    levels = np.asarray(Image.open(io.BytesIO(png(2))))
+    return png_with(levels, gAMA=(100_000).to_bytes(4, "big"))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,7 @@ def dataset(tmp_path_factory):
     )
     for i in range(5):
         label = -1 if i == 4 else i % 2  # -1 where nobody labelled it
-        example = {"picture": io.BytesIO(png(i)), "label": label}
+        example = {"picture": io.BytesIO(linear() if i == 2 else png(i)), "label": label}
         writer.write(features.serialize_example(example))
     writer.close()
     features.save_config(str(folder))
@@ -54,6 +62,8 @@ def test_tfds_gives_images_and_labels_as_captions(dataset, caplog):
     assert "1 of 5 images have no caption: example 4" in caplog.text
     wanted = np.asarray(Image.open(io.BytesIO(png(3))))
     np.testing.assert_array_equal(found["image"][3], wanted)
+    np.testing.assert_array_equal(found["image"][2], decode_image(linear(), "as anywhere"))
+    assert np.any(found["image"][2] != np.asarray(Image.open(io.BytesIO(png(2)))))
     with pytest.raises(ValueError, match="one of its splits"):
         open_source(f"tfds:{dataset}:train", size=24)
     with pytest.raises(ValueError, match="source tfds:no_such_dataset"):
