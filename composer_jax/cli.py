@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         if not chosen:
             return _help(parser, argv)
         args, rest = parser.parse_known_args(argv)
-        args.typed = {word.split("=")[0] for word in argv if word.startswith("--")}
+        args.typed = importlib.import_module("composer_jax.commands.unused").typed_options(argv)
         if hasattr(command, "take_rest"):  # options that only a config or a model knows
             rest = command.take_rest(args, rest)
         if rest:

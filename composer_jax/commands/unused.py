@@ -35,6 +35,14 @@ def tell(option: str, why: str) -> None:
     log.warning("%s does nothing: %s", option, why)
 
 
+def typed_options(words: Sequence[str]) -> set[str]:
+    """The options on a command line, as `--name`; says which is there twice, as the last counts."""
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for option in dict.fromkeys(one for one in options if options.count(one) > 1):
+        log.warning("%s is given more than once; the last counts", option)
+    return set(options)
+
+
 def check_conditions(args: argparse.Namespace, taken: Collection[str]) -> None:
     """Raises ValueError for options of a condition without a value to use them, and for a condition
     that is given twice; `taken`: those that `--use` takes from the image."""

@@ -71,7 +71,7 @@ class Job:
         """Inputs of the program for images from `first` on, and which of their rows are wanted."""
         batch = -(-self.batch // jax.local_device_count()) * jax.local_device_count()
         count, shared = len(self.own["seeds"]), place(self.shared)
-        for start in range(first - first % batch, count, batch):
+        for start in range(first - first % batch, count if first < count else 0, batch):
             index = np.minimum(np.arange(start, start + batch), count - 1)
             own = {name: array[index] for name, array in self.own.items()}
             own["values"] = self.values(index)

@@ -41,6 +41,12 @@ BESIDE = {
         )
     },
     ("compile", "--eta"): "--solver",
+    **{
+        (command, f"--{prefix}{name}.{switch}"): f"--{prefix}{name}"
+        for command, prefix in (("sample", ""), ("edit", ""), ("edit", "own."))
+        for name in conditions.names()
+        for switch in conditions.get(name).switches
+    },
     **{("edit", f"--own.{name}"): "a task that asks" for name in conditions.names()},
     ("edit", "--border"): "--region",
     ("edit", "--vary"): "what is held",
@@ -63,14 +69,13 @@ BESIDE = {
     ("convert", "--prediction"): "a UNet",
     ("convert", "--only"): "what is there",
 }
+PROGRAM = "--model --size --dtype --precision --batch --steps --solver"
+SAMPLING = f"{PROGRAM} --seed --spacing --guidance"
 ALONE = {
-    "sample": "--out --count --report --previews --model --size --dtype --batch --steps --solver "
-    "--seed --spacing --guidance",
-    "edit": "--out --count --model --size --dtype --batch --steps --solver --spacing --guidance "
-    "--strength --region --garment-region",
-    "evaluate": "--out --source --source-seed --count --seeds --experiments --model --size --dtype "
-    "--batch --steps --solver --seed --spacing --guidance",
-    "compile": "--out --rows --values --model --guide --size --dtype --batch --steps --solver",
+    "sample": f"--out --count --report --previews {SAMPLING}",
+    "edit": f"--out --count --strength --region --garment-region {SAMPLING}",
+    "evaluate": f"--out --source --source-seed --count --seeds --experiments {SAMPLING}",
+    "compile": f"--out --rows --values --guide {PROGRAM}",
     "decompose": "--out --only",
     "quickstart": "--out --config",
     "prepare": "--out --config --shard-size",
@@ -223,6 +228,7 @@ def test_what_lacks_its_partner_is_refused_before_anything_is_written(
         ("sample --palette.negative #fff --guidance 1", "the negative palette does nothing"),
         ("sample --guidance 1 --rescale 0.5", "rescale does nothing"),
         ("sample --guidance 1 --interval 0:0.6", "interval does nothing"),
+        ("sample --palette #fff --palette #000", "--palette is given more than once; the last"),
         ("sample --guide RUN", "--guide does nothing: --autoguidance is 1"),
         ("edit reconfiguration @ --palette #fff --seed 3", "seed does nothing"),
         ("edit variation @ --own.depth @", "--own.depth does nothing: variation did not ask"),

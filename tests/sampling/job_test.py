@@ -60,6 +60,10 @@ def test_each_image_has_its_place_in_padded_microbatches(vectors, batch, first):
     np.testing.assert_array_equal(own["palette"][:, 0], vectors[first:])
 
 
+def test_nothing_is_run_where_no_image_lacks():
+    assert not list(job(Options(steps=2, batch=4), noise=NOISE).inputs(COUNT))
+
+
 @pytest.mark.mesh
 def test_devices_share_a_microbatch():
     made = job(Options(steps=2, batch=3), noise=NOISE)
