@@ -32,9 +32,12 @@ from composer_jax.evaluation.judges import scenes_judges
 from composer_jax.evaluation.pictures import labelled_sheet
 from composer_jax.evaluation.report import Report
 from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.training.config import load_config
+from composer_jax.utils.atomic import write_text
 
 PHOTOS = ("astronaut", "cat", "coffee", "rocket")
 PAIRS = (("sketch", "palette"), ("depth", "palette"), ("caption", "depth"))
+MARK = "quickstart.txt"  # in a run that may be removed
 SHOWN, COUNT = 6, 16  # scenes in pictures, scenes in numbers
 
 
@@ -52,8 +55,10 @@ def run(args: argparse.Namespace) -> None:
     """Decompose, train with an interruption, sample, report: writes OUT/report.html."""
     start = time.perf_counter()
     workdir = args.out / "run"
-    if workdir.exists() and not (workdir / "config.json").is_file():
-        raise ValueError(f"{workdir} is no earlier quickstart; give another --out")
+    if (task := load_config(args.config).task) != "composer":
+        raise ValueError(f"{args.config} trains a {task}; quickstart is for composers")
+    if workdir.exists() and not (workdir / MARK).is_file():
+        raise ValueError(f"{workdir} is no earlier quickstart's; give another --out")
     shutil.rmtree(workdir, ignore_errors=True)
     report = Report("Composer in JAX: quickstart", "Every number below was computed in this run.")
     print("1/3  photos come apart")
@@ -95,6 +100,7 @@ def train_with_interruption(config: str, workdir: Path) -> int:
 
     Raises ValueError where training fails.
     """
+    write_text(workdir / MARK, "A run of composer quickstart, which the next one replaces.\n")
     command = [sys.executable, "-m", "composer_jax", "train", "--config", config]
     command += ["--workdir", str(workdir)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
