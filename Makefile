@@ -26,6 +26,7 @@ parity: .venv/parity
 # transformers 5 has no Flax class left: our own CLIP runs, in an environment of its own
 transformers5: .venv5/installed
 	.venv5/bin/$(PYTEST) tests/models/clip_test.py tests/models/clip_nnx_test.py \
+	  tests/models/clip_tokenizer_test.py tests/models/hub_client_test.py \
 	  tests/models/hub_test.py tests/training/warm_start_test.py
 
 .venv5/installed: pyproject.toml constraints.txt

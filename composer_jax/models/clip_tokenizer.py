@@ -119,9 +119,8 @@ class Tokenizer:
                     f"{core.token_to_id(token)} is wanted"
                 )
         start, end = ((self.special[r], core.token_to_id(self.special[r])) for r in ROLES[:2])
-        core.post_processor = processors.RobertaProcessing(
-            sep=end, cls=start, trim_offsets=False, add_prefix_space=False
-        )
+        # offsets untrimmed, no space before; tokenizers 0.23 takes these by place alone
+        core.post_processor = processors.RobertaProcessing(end, start, False, False)
         return core
 
     def id(self, token: str) -> int | None:

@@ -72,6 +72,10 @@ class Handler(BaseHTTPRequestHandler):
             files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
             siblings = [{"rfilename": p.relative_to(folder).as_posix(), "size": p.stat().st_size}
                         for p in files]  # fmt: skip
+            if "/tree/" in self.path:  # newer clients list a repository by it
+                tree = [{"type": "file", "path": one["rfilename"], "size": one["size"],
+                         "oid": "0" * 40} for one in siblings]  # fmt: skip
+                return self.answer(json.dumps(tree).encode(), Content_Type="application/json")
             about = {"id": found[1], "modelId": found[1], "sha": COMMIT, "siblings": siblings}
             return self.answer(json.dumps(about).encode(), Content_Type="application/json")
         name, _, file = self.path.lstrip("/").split("?")[0].partition("/resolve/")
