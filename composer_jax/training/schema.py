@@ -21,6 +21,7 @@ from composer_jax.diffusion.process import (
 )
 from composer_jax.diffusion.settings import SETTINGS, check_settings
 from composer_jax.models.composer import STEMS, VECTORS
+from composer_jax.models.detectors import PATCH
 from composer_jax.models.unet import REMAT, UNetConfig
 from composer_jax.models.vae import VAEConfig
 from composer_jax.training.ema import LONGEST, SHORTEST
@@ -218,9 +219,16 @@ def check_together(config: ConfigDict) -> None:
                 "together at most 1 is wanted"
             )
         _make(UNetConfig, config.model.unet, "model.unet")
+        unet, local = config.model.unet, config.model.local_channels
+        if config.model.stems == "convolutions" and unet.in_channels != unet.out_channels + local:
+            raise ValueError(
+                f"config key model.unet.in_channels is {unet.in_channels}; model.unet.out_channels "
+                f"+ model.local_channels, {unet.out_channels + local}, is wanted"
+            )
     elif config.task == "codec":
-        _make(VAEConfig, config.model, "model")
+        _check_side(config, _make(VAEConfig, config.model, "model").factor)
     elif config.task in ("depth", "objects"):
+        _check_side(config, 2 * PATCH)
         for width in config.model.widths:
             if width % config.model.norm_num_groups:
                 raise ValueError(
@@ -229,9 +237,16 @@ def check_together(config: ConfigDict) -> None:
                 )
 
 
-def _make(kind: Any, values: ConfigDict, prefix: str) -> None:
+def _check_side(config: ConfigDict, multiple: int) -> None:
+    if config.image_size % multiple:
+        raise ValueError(
+            f"config key image_size is {config.image_size}; a multiple of {multiple} is wanted"
+        )
+
+
+def _make(kind: Any, values: ConfigDict, prefix: str) -> Any:
     try:
-        kind.from_dict(values.to_dict())
+        return kind.from_dict(values.to_dict())
     except ValueError as error:
         raise ValueError(f"config key {prefix}.{error}") from error
 

@@ -111,6 +111,16 @@ def test_overrides_are_refused_before_anything_is_opened(override, says):
         load_config("scenes64", [override])
 
 
+def test_sizes_that_do_not_fit_together_are_refused():
+    for name, override, says in (
+        ("scenes64", "model.unet.in_channels=14", "model.local_channels, 38, is wanted"),
+        ("scenes64_depth", "image_size=65", "a multiple of 8 is wanted"),
+        ("scenes64_codec", "image_size=65", "a multiple of 4 is wanted"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_config(name, [override])
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
