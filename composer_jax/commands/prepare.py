@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,8 +18,10 @@ from composer_jax.commands.unused import tell, tell_keys
 from composer_jax.data import cache
 from composer_jax.data.extractors import Extractors, load_extractors
 from composer_jax.data.prepare import chunks
+from composer_jax.data.shards import read_notes, shard_fault, strange_files, write_shard
 from composer_jax.data.sources import Crop, Source, open_source
 from composer_jax.training.config import load_config
+from composer_jax.utils.atomic import check_writable
 
 # what launchers tell a process: (which, how many, the first's number)
 SHARES = (
@@ -54,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", type=arguments.count, default=1024, help="images a shard (1024)"
     )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the content of shards that are there, too"
+    )
     parser.epilog = (
         "Several processes share the work where the environment says how many there are: "
         "COMPOSER_PROCESS and COMPOSER_PROCESSES, a SLURM array or step, an indexed Kubernetes job."
@@ -61,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes this process's shards that are missing; the last process makes them one dataset."""
+    """Makes those of this process's shards that are not whole; the last process makes all of them
+    one dataset."""
     config = load_config(args.config, args.overrides)
     if "codec" not in config:
         raise ValueError(f"config {args.config} trains no composer; one that does is wanted")
@@ -69,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     drawn = args.source.startswith("scenes") or args.crop == "random" or args.flip
     if "--seed" in args.typed and not drawn:
         tell("--seed", "crops are of the centre, and nothing is mirrored")
+    if not (args.out / "composer.json").exists():
+        check_writable(args.out)
     index, count = share(os.environ)
     crop = Crop(args.crop == "random", args.flip, args.seed)
     source = open_source(args.source, size=config.image_size, seed=args.seed, crop=crop)
@@ -79,22 +87,46 @@ def run(args: argparse.Namespace) -> int:
              "latent_channels": codec.latent_channels}  # fmt: skip
     specs = cache.feature_specs(names, sizes, source.size)
     shards = -(-len(source) // args.shard_size)
-    _claim(args, source, names, sizes, shards, extractors)
-    missing = [s for s in range(shards) if not cache.notes_path(args.out, s).is_file()]
-    mine = [shard for shard in missing if shard % count == index]
-    _write(args.out, mine, shards, args.shard_size, source, names, specs, extractors)
+    call = _claim(args, source, names, sizes, shards, extractors)
+    mine = range(index, shards, count)
+    missing = _not_whole(args.out, mine, shards, call, args.verify)
+    _write(args.out, missing, shards, args.shard_size, source, names, specs, extractors, call)
     extractors.clip.report_cut()
-    notes = cache.finish(args.out, shards, specs)
-    if notes is None:
-        left = sum(not cache.notes_path(args.out, s).is_file() for s in range(shards))
-        print(f"{args.out}: {left} of {shards} shards are still missing; they belong to other "
+    return _finish(args.out, shards, call, specs, source.name)
+
+
+def _not_whole(out: Path, mine: Sequence[int], shards: int, call: str, verify: bool) -> list[int]:
+    """Which of a process's shards have to be made; those that are damaged are named."""
+    check = partial(shard_fault, out, shards=shards, call=call, verify=verify)
+    with ThreadPoolExecutor() as workers:
+        bar = tqdm(workers.map(check, mine), "verify", len(mine), unit="shard", disable=not verify)
+        faults = dict(zip(mine, bar, strict=True))
+    for fault in filter(None, faults.values()):
+        print(f"{fault}; the shard is made anew")
+    if verify and not any(faults.values()):
+        print(f"{out}: no shard is damaged")
+    return [shard for shard, fault in faults.items() if fault is not None]
+
+
+def _finish(out: Path, shards: int, call: str, specs, name: str) -> int:
+    """Makes the shards one dataset, if all are whole, and says what is in it."""
+    left = sum(shard_fault(out, shard, shards, call) is not None for shard in range(shards))
+    if left:
+        print(f"{out}: {left} of {shards} shards are still missing; they belong to other "
               "processes, or run the same command alone to make them here")  # fmt: skip
         return 0
+    notes = [read_notes(out, shard) for shard in range(shards)]
     total, skipped = sum(n["count"] for n in notes), sum(len(n["skipped"]) for n in notes)
-    told = f"; skipped {skipped}, named in {args.out / 'skipped.jsonl'}" if skipped else ""
-    print(f"{args.out}: {total} examples in {shards} shard{'s' * (shards != 1)}{told}")
     if not total:
-        raise ValueError(f"{source.name}: no usable image")
+        cache.discard(out, shards)
+        raise ValueError(f"{name}: no usable image; skipped {skipped}")
+    for path in cache.finish(out, notes, specs):
+        print(f"{path} did not fit the shards and is written anew")
+    if strange := strange_files(out, shards):
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        print(f"{out}: {', '.join(strange[:3])}{more} belong to no shard of it and are not read")
+    told = f"; skipped {skipped}, named in {out / 'skipped.jsonl'}" if skipped else ""
+    print(f"{out}: {total} examples in {shards} shard{'s' * (shards != 1)}{told}")
     return 0
 
 
@@ -118,8 +150,8 @@ def share(environment: Mapping[str, str]) -> tuple[int, int]:
 
 def _claim(
     args, source: Source, names, sizes: Mapping[str, int], shards: int, extractors: Extractors
-) -> None:
-    """Writes composer.json; one that is there must say the same."""
+) -> str:
+    """Writes composer.json; one that is there must say the same. Returns the call's hash."""
     made = {
         "format": cache.FORMAT,
         "source": source.name,
@@ -135,39 +167,20 @@ def _claim(
         "sizes": dict(sizes),
         "made_by": dict(extractors.made_by),
     }
-    path = args.out / "composer.json"
-    if not path.is_file():
-        args.out.mkdir(parents=True, exist_ok=True)
-        known = ("shards", "composer.json")  # of another process that has just begun
-        strange = [p.name for p in args.out.iterdir() if not p.name.startswith(known)]
-        if strange and not path.is_file():
-            raise ValueError(f"{args.out} exists and is no cache; give an empty or new folder")
-        cache.write_whole(path, made)
-    old, new = json.loads(path.read_text()), json.loads(json.dumps(made))
-    for key in new:
-        other = old.get(key) != new[key]
-        if key == "made_by" and isinstance(old.get(key), dict):
-            other = cache.other_maker(old[key], new[key])
-        if other:
-            raise ValueError(
-                f"{args.out} was made with {key} = {old.get(key)!r}, now it is {new[key]!r}; "
-                "give another --out, or what it was made with"
-            )
+    call, again = cache.claim(args.out, made)
+    if again:
+        print(f"{args.out / 'composer.json'} was damaged and is written anew")
+    return call
 
 
-def _write(out: Path, mine, shards, shard_size, source: Source, names, specs, extractors) -> None:
-    features, seconds, done = cache.tfds_features(specs), {}, 0
+def _write(
+    out: Path, mine, shards, shard_size, source: Source, names, specs, extractors, call: str
+) -> None:
+    if not mine:
+        return
+    check_writable(out)
+    features, seconds = cache.tfds_features(specs), {}
     start = time.perf_counter()
-
-    def serialise(tree, row: int) -> bytes:
-        flat = {}
-        for path, spec in specs.items():
-            node = tree
-            for key in path.split("/"):
-                node = node[key]
-            flat[path] = cache.encode(spec, node[row])
-        return features.serialize_example(cache.nested(flat))
-
     ranges = {s: range(s * shard_size, min((s + 1) * shard_size, len(source))) for s in mine}
     total = sum(map(len, ranges.values()))
     with (
@@ -181,16 +194,14 @@ def _write(out: Path, mine, shards, shard_size, source: Source, names, specs, ex
             ):
                 began = time.perf_counter()
                 rows = range(len(tree["image"])) if tree else ()
-                examples += workers.map(lambda row, tree=tree: serialise(tree, row), rows)
+                examples += workers.map(partial(cache.serialise, features, specs, tree), rows)
                 seconds["write"] = seconds.get("write", 0.0) + time.perf_counter() - began
                 bar.update(asked)
             broken = getattr(source, "skipped", {})
             labels = [source.label(index) for index in indices] if broken else ()
             skipped = [{"name": n, "reason": broken[n]} for n in labels if n in broken]
-            cache.write_shard(out, shard, shards, examples, {"skipped": skipped})
-            done += len(indices)
+            write_shard(out, shard, shards, examples, skipped, call)
     source.tell()
-    if done:
-        rates = [f"{stage} {done / spent:.0f}" for stage, spent in seconds.items() if spent]
-        whole = done / (time.perf_counter() - start)
-        print(f"images/s, stage by stage: {', '.join(rates)}; all {whole:.0f}")
+    rates = [f"{stage} {total / spent:.0f}" for stage, spent in seconds.items() if spent]
+    whole = total / (time.perf_counter() - start)
+    print(f"images/s, stage by stage: {', '.join(rates)}; all {whole:.0f}")

@@ -2,7 +2,7 @@
 
     composer.json                            format, what made it, the conditions and their sizes
     composer-train.array_record-S-of-N       examples of a fixed range of the source, in its order
-    shards/S.json                            how many, what was skipped, how long each stage took
+    shards/S.json                            of a shard: examples, bytes, hash, what was skipped
     dataset_info.json, features.json         TFDS's, when all shards are there; skipped.jsonl
 
 An example holds `image`, `moments` and, under `stored`, each cached condition's features.
@@ -10,9 +10,11 @@ An example holds `image`, `moments` and, under `stored`, each cached condition's
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
-import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,22 @@ import numpy as np
 
 from composer_jax import conditions
 from composer_jax.conditions import Feature
+from composer_jax.data.shards import (
+    SPLIT,
+    Damaged,
+    notes_path,
+    read_notes,
+    shard_path,
+    strange_files,
+)
+from composer_jax.utils.atomic import write_json, write_text
+from composer_jax.utils.claims import differing, plain
 
 FORMAT = 1
-SPLIT = "train"
+# what composer.json says, and of which type
+MADE = {"format": int, "source": str, "count": int, "seed": int, "crop": str, "flip": bool}
+MADE |= {"shard_size": int, "shards": int, "image_size": int, "conditions": list, "sizes": dict}
+MADE |= {"made_by": dict}
 
 
 def feature_specs(names: Sequence[str], sizes: Mapping[str, int], size: int) -> dict[str, Feature]:
@@ -106,56 +121,111 @@ def encode(spec: Feature, array) -> Any:
     return io.BytesIO(cv2.imencode(".png", array)[1].tobytes())
 
 
-def shard_path(folder: Path, shard: int, shards: int) -> Path:
-    """The file of one shard."""
-    return folder / f"composer-{SPLIT}.array_record-{shard:05d}-of-{shards:05d}"
+def serialise(features, specs: Mapping[str, Feature], example: Mapping, row: int) -> bytes:
+    """One row of a tree of arrays as a tf.train.Example; equal rows give equal bytes.
+
+    `features`: as `tfds_features` gives them.
+    """
+    from composer_jax.data.tensorflow import tf
+
+    flat = {}
+    for path, spec in specs.items():
+        node: Any = example
+        for key in path.split("/"):
+            node = node[key]
+        flat[path] = encode(spec, node[row])
+    # TFDS's bytes have the features of an example in an order that changes from run to run
+    message = tf().train.Example.FromString(features.serialize_example(nested(flat)))
+    return message.SerializeToString(deterministic=True)
 
 
-def notes_path(folder: Path, shard: int) -> Path:
-    """What is known about one shard; it is there when the shard is whole."""
-    return folder / "shards" / f"{shard:05d}.json"
-
-
-def write_shard(
-    folder: Path, shard: int, shards: int, examples: Sequence[bytes], notes: Mapping
-) -> None:
-    """Writes a shard, then its notes, each in one move."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    path = shard_path(folder, shard, shards)
-    new = folder / "shards" / f"{path.name}.{os.getpid()}.new"
-    new.parent.mkdir(parents=True, exist_ok=True)
-    writer = ArrayRecordWriter(str(new), "group_size:1")
-    for example in examples:
-        writer.write(example)
-    writer.close()
-    bytes_ = new.stat().st_size
-    new.replace(path)
-    write_whole(notes_path(folder, shard), {"count": len(examples), "bytes": bytes_, **notes})
-
-
-def write_whole(path: Path, values: Mapping) -> None:
-    """Writes JSON in one move."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    new.write_text(json.dumps(values, indent=2) + "\n")
-    new.replace(path)
-
-
-def finish(folder: Path, shards: int, specs: Mapping[str, Feature]) -> list[dict] | None:
-    """Makes the shards one dataset when all are there; returns their notes, else None."""
-    paths = [notes_path(folder, shard) for shard in range(shards)]
-    if not all(path.is_file() for path in paths):
+def read_made(folder: Path) -> dict[str, Any] | None:
+    """What composer.json says, None where it is not there; raises `Damaged` where it is, and
+    ValueError for another format.
+    """
+    path = folder / "composer.json"
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        whole = all(type(made[key]) is kind for key, kind in MADE.items() if key != "format")
+    except FileNotFoundError:
         return None
-    notes = [json.loads(path.read_text()) for path in paths]
-    made = folder / f"shards/features.{os.getpid()}"
-    made.mkdir(exist_ok=True)
-    tfds_features(specs).save_config(str(made))
-    (made / "features.json").replace(folder / "features.json")
-    made.rmdir()
-    for left in folder.glob("shards/*.new"):  # by processes that were killed
-        left.unlink(missing_ok=True)
-    lines = [json.dumps(one) + "\n" for note in notes for one in note["skipped"]]
-    (folder / "skipped.jsonl").write_text("".join(lines))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        made = {}
+        whole = False
+    if whole and made.get("format") != FORMAT:
+        raise ValueError(f"{folder}: format {made.get('format')}; this version reads {FORMAT}")
+    if not whole:
+        raise Damaged(f"{path} is damaged")
+    return made
+
+
+def read_counts(folder: Path) -> tuple[list[int], int]:
+    """Examples of each shard, and bytes of all, as dataset_info.json says.
+
+    Raises FileNotFoundError where there is none, `Damaged` where it is.
+    """
+    path = folder / "dataset_info.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        split = next(split for split in info["splits"] if split["name"] == SPLIT)
+        return [int(count) for count in split["shardLengths"]], int(split["numBytes"])
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError):
+        raise Damaged(f"{path} is damaged") from None
+
+
+def claim(folder: Path, made: Mapping[str, Any]) -> tuple[str, bool]:
+    """A hash of what makes this cache, for its shards' notes, and whether a damaged composer.json
+    was written anew.
+
+    Writes composer.json; one that is there must say the same, unless it is damaged and all shards
+    are of this very call. Raises ValueError, one line, where the folder holds anything else.
+    """
+    path, made = folder / "composer.json", plain(made)
+    call, others, damage, old = _call(made), strange_files(folder, 0), "", None
+    try:
+        old = read_made(folder)
+    except ValueError as error:
+        damage = str(error)
+    may = lambda key: key == "made_by" and not other_maker(old[key], made[key])  # noqa: E731
+    if old and not differing(old, made, may):
+        return _call(old), False
+    if not (others and _calls(folder) == {call}):
+        if old:
+            key = differing(old, made, may)
+            raise ValueError(
+                f"{folder} was made with {key} = {old.get(key)!r}, now it is {made.get(key)!r}; "
+                "give another --out, or what it was made with"
+            )
+        if damage and others:
+            raise ValueError(f"{damage}, and its shards may be of another call; give another --out")
+        known = ("shards", "composer.json", ".composer.json.")  # also of one that has just begun
+        there = folder.iterdir() if folder.is_dir() else ()
+        if not damage and any(not one.name.startswith(known) for one in there):
+            raise ValueError(f"{folder} exists and is no cache; give an empty or new folder")
+    write_json(path, made)
+    return call, bool(old or damage or others)
+
+
+def _call(made: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _calls(folder: Path) -> set[str | None]:
+    """Of which calls the notes are that can be read; None stands for an older version's."""
+    found = set()
+    for path in folder.glob("shards/[0-9]*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.add(read_notes(folder, int(path.stem)).get("call"))
+    return found
+
+
+def finish(folder: Path, notes: Sequence[Mapping], specs: Mapping[str, Feature]) -> list[Path]:
+    """Makes shards with these notes one dataset; returns the files that said something else."""
+    with tempfile.TemporaryDirectory() as made:
+        tfds_features(specs).save_config(made)
+        features = (Path(made) / "features.json").read_text()
     split = {
         "name": SPLIT,
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
@@ -163,6 +233,30 @@ def finish(folder: Path, shards: int, specs: Mapping[str, Feature]) -> list[dict
         "shardLengths": [str(note["count"]) for note in notes],
     }
     info = {"name": "composer", "version": f"{FORMAT}.0.0", "fileFormat": "array_record"}
-    info["description"] = "Images taken apart by composer prepare."
-    write_whole(folder / "dataset_info.json", {**info, "splits": [split]})
-    return notes
+    info |= {"description": "Images taken apart by composer prepare.", "splits": [split]}
+    texts = {
+        "features.json": features,
+        "skipped.jsonl": "".join(json.dumps(one) + "\n" for n in notes for one in n["skipped"]),
+        "dataset_info.json": json.dumps(info, indent=2) + "\n",  # the last: then it is whole
+    }
+    wrong = []
+    for name, text in texts.items():
+        path = folder / name
+        if not path.is_file():
+            write_text(path, text)
+        elif path.read_bytes() != text.encode():
+            write_text(path, text)
+            wrong.append(path)
+    return wrong
+
+
+def discard(folder: Path, shards: int) -> None:
+    """Removes a cache that holds no example, and its folder where nothing else is in it."""
+    for shard in range(shards):
+        shard_path(folder, shard, shards).unlink(missing_ok=True)
+        notes_path(folder, shard).unlink(missing_ok=True)
+    for name in ("dataset_info.json", "features.json", "skipped.jsonl", "composer.json"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (folder / "shards").rmdir()
+        folder.rmdir()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +23,11 @@ from tqdm import tqdm
 
 from composer_jax import conditions
 from composer_jax.conditions import Feature
+from composer_jax.data.shards import reason_of
 from composer_jax.data.sources import Source
+from composer_jax.utils.atomic import WriteError, new_folder, write_text
 
+log = logging.getLogger("composer_jax")
 CHUNK = 64
 Encoders = Mapping[str, Callable[[np.ndarray, dict], np.ndarray]]
 
@@ -47,14 +50,8 @@ def remembered(pools: Path | None, key: Any, make: Callable[[], Any]) -> Any:
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         return json.loads(path.read_text())
     made = make()
-    new = path.with_suffix(f".{uuid.uuid4().hex}.new")
     with contextlib.suppress(OSError):  # of others, whom all may read: then it is asked each time
-        try:
-            pools.mkdir(parents=True, exist_ok=True)
-            new.write_text(json.dumps(made))
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
+        write_text(path, json.dumps(made), sync=False)
     return made
 
 
@@ -140,9 +137,14 @@ def prepare(
                       "conditions": list(names), "encoders": sorted(encoders), **made_by},
                      sort_keys=True, default=str)  # fmt: skip
     folder = pools / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not folder.is_dir():
-        _write(source, names, tools, encoders, folder, key)
-    return _open(folder)
+    if folder.is_dir():
+        try:
+            return _open(folder, key)
+        except (OSError, ValueError, EOFError) as error:
+            log.warning("%s is damaged (%s) and is prepared anew", folder, reason_of(error))
+            shutil.rmtree(folder)
+    _write(source, names, tools, encoders, folder, key)
+    return _open(folder, key)
 
 
 def _write(source, names, tools, encoders, folder: Path, key: str) -> None:
@@ -155,18 +157,15 @@ def _write(source, names, tools, encoders, folder: Path, key: str) -> None:
                 flat.append(dict(_flatten({**tree, "stored": stored})))
     if not flat:
         raise ValueError(f"{source.name}: no usable image")
-    new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.new")
     try:
-        new.mkdir(parents=True)
-        for path in flat[0]:
-            np.save(new / f"{path}.npy", np.concatenate([chunk[path] for chunk in flat]))
-        (new / "made_by.json").write_text(key)
-        new.rename(folder)
-    except OSError:
+        with new_folder(folder) as new:
+            for path in flat[0]:
+                np.save(new / f"{path}.npy", np.concatenate([chunk[path] for chunk in flat]))
+            (new / "arrays.json").write_text(json.dumps(sorted(flat[0])))
+            (new / "made_by.json").write_text(key)
+    except WriteError:
         if not folder.is_dir():  # else another run has just written the same
             raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _flatten(tree: Mapping, prefix: str = ""):
@@ -177,14 +176,25 @@ def _flatten(tree: Mapping, prefix: str = ""):
             yield f"{prefix}{key}", np.asarray(value)
 
 
-def _open(folder: Path) -> dict[str, Any]:
+def _open(folder: Path, key: str) -> dict[str, Any]:
     tree: dict[str, Any] = {"stored": {}}
-    for path in sorted(folder.glob("*.npy")):
-        *parents, leaf = path.name.removesuffix(".npy").split(".")
+    names, listed = {path.stem for path in folder.glob("*.npy")}, folder / "arrays.json"
+    if listed.is_file():  # not in pools of older versions
+        wanted = set(json.loads(listed.read_text()))
+        if missing := sorted(wanted - names):
+            raise ValueError(f"{missing[0]}.npy is missing")
+    if "image" not in names or (folder / "made_by.json").read_text() != key:
+        raise ValueError("it is not whole")
+    lengths = set()
+    for name in sorted(names):
+        *parents, leaf = name.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = np.load(path, mmap_mode="r")
+        node[leaf] = np.load(folder / f"{name}.npy", mmap_mode="r")
+        lengths.add(len(node[leaf]))
+    if len(lengths) > 1:
+        raise ValueError("its arrays are not of one length")
     return tree
 
 

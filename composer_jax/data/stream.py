@@ -1,25 +1,32 @@
 """Batches from caches by tf.data, in an order that is a pure function of (seed, step).
 
-Position p of a run is one slot of a fixed pattern, which says from which cache it is and how many
-of that cache came before it; that number's epoch is a permutation of its own. So any step is as
-cheap to start from as the first, and parts of a batch never overlap.
+Any step is as cheap to start from as the first, and parts of a batch never overlap.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from composer_jax.data.cache import FORMAT, SPLIT, feature_specs, nested, other_maker, shard_path
+from composer_jax.data.cache import feature_specs, nested, other_maker, read_counts, read_made
+from composer_jax.data.order import ORDER, Order
+from composer_jax.data.shards import (
+    Damaged,
+    read_notes,
+    reason_of,
+    record_fault,
+    shard_path,
+    size_fault,
+)
 
 ASKED = 256  # captions of an older cache that are tokenized again
-PATTERN = 4096  # positions after which the proportions of a mix repeat, exactly
+AGAIN = "run its composer prepare again"
 
 
 class Caches:
@@ -76,7 +83,7 @@ class Caches:
             if "tokenizer" in part.known["made_by"]:
                 continue
             rows = np.unique(np.linspace(0, len(part) - 1, min(len(part), ASKED)).astype(int))
-            texts, ids = self._captions(part.read(rows))
+            texts, ids = self._captions(self._read(part, rows))
             wrong = np.flatnonzero((tokenize(texts) != ids).any(axis=1))
             if wrong.size:
                 raise ValueError(
@@ -98,9 +105,31 @@ class Caches:
         return texts, np.stack(ids)
 
     def examples(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Examples of the first cache by index, a tree as `batches` gives it."""
-        found = self._decode_all(self._parts[0].read(np.asarray(indices, np.int64)))
+        """Examples of the first cache by index, a tree as `batches` gives it.
+
+        Raises ValueError for an index that it has not, and, naming the shard, for damage.
+        """
+        first, rows = self._parts[0], np.asarray(indices, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(first):
+            raise ValueError(f"{first.folder} has examples 0 to {len(first) - 1}, not {indices}")
+        try:
+            found = self._decode_all(first.read(rows))
+        except Exception as error:  # by array_record or TensorFlow
+            raise self._failure(np.zeros_like(rows), rows, error) from error
         return {"stored": {}} | nested({path: array.numpy() for path, array in found.items()})
+
+    def _read(self, part: _Cache, rows: np.ndarray) -> list[bytes]:
+        try:
+            return part.read(rows)
+        except Exception as error:  # by array_record
+            raise self._failure(np.full_like(rows, self._parts.index(part)), rows, error) from error
+
+    def _failure(self, which: np.ndarray, rows: np.ndarray, error: Exception) -> ValueError:
+        """Of examples that could not be read: names the shard that is to blame, if there is one."""
+        for number, part in enumerate(self._parts):
+            if culprit := part.culprit(rows[which == number], self._decode):
+                return ValueError(culprit)
+        return ValueError(f"{self.name} cannot be read ({reason_of(error)})")
 
     def _decode_all(self, records: Sequence[bytes]):
         from composer_jax.data.tensorflow import tf
@@ -125,67 +154,55 @@ class Caches:
         return found
 
     def batches(
-        self, batch: int, seed: int, part: tuple[int, int] = (0, 1)
+        self, batch: int, seed: int, part: tuple[int, int] = (0, 1), order: int = ORDER
     ) -> Callable[[int], dict[str, Any]]:
         """`batch(step)`: the rows of one part of the global batch of that step, numpy arrays.
 
         It streams while steps follow each other, and starts anew at any other. `part`: (index, how
-        many). Raises ValueError where `batch` cannot be split into so many, and, naming the shard,
-        where one is damaged.
+        many); `order`: the version of the order, see `data/order.py`. Raises ValueError where
+        `batch` cannot be split into so many, and, naming the shard, where one is damaged.
         """
         index, parts = part
         if batch % parts:
             raise ValueError(f"batch {batch} is not a multiple of {parts} parts")
-        state: dict[str, Any] = {"next": None, "iterator": None}
+        local = batch // parts
+        located = Order([len(one) for one in self._parts], self.weights, seed, order)
+        state: dict[str, Any] = {}
+
+        def locate(step: int) -> tuple[np.ndarray, np.ndarray]:
+            return located(step * batch + index * local + np.arange(local))
 
         def at(step: int) -> dict[str, Any]:
-            if step != state["next"]:
-                data = self._dataset(step, batch, seed, index * batch // parts, batch // parts)
-                state["iterator"] = data.as_numpy_iterator()
+            if step != state.get("next"):
+                state["iterator"] = self._dataset(step, locate, local).as_numpy_iterator()
             try:
                 flat = next(state["iterator"])
             except Exception as error:
-                state["next"] = None
-                damage = [str(part.damage) for part in self._parts if part.damage]
-                raise ValueError(damage[0] if damage else f"{self.name}: {error}") from error
+                state.clear()
+                raise self._failure(*locate(step), error) from error
             state["next"] = step + 1
             return nested(flat)
 
+        # tf.data's threads run Python, which waits for them at its very end: it ends them before
+        weakref.finalize(at, state.clear)
         return at
 
-    def _dataset(self, start: int, batch: int, seed: int, first: int, local: int):
+    def _dataset(self, start: int, locate: Callable, local: int):
         from composer_jax.data.tensorflow import tf
 
         lib = tf()
-        source, rank, count = pattern(self.weights, seed)
-        lengths = np.asarray([len(part) for part in self._parts], np.int64)
 
-        def locate(step):
-            """Which cache and which of its examples each row of a step is."""
-            position = step * batch + first + lib.range(local, dtype=lib.int64)
-            slot = position % len(source)
-            which = lib.gather(source, slot)
-            before = position // len(source) * lib.gather(count, which) + lib.gather(rank, slot)
-            length = lib.gather(lengths, which)
-            key = lib.stack([lib.fill([local], np.int64(seed)), which, before // length], axis=1)
-            row = lib.raw_ops.RandomIndexShuffle(
-                index=before % length,
-                seed=lib.cast(key, lib.uint32),
-                max_index=length - 1,
-                rounds=4,
-            )
-            return which, row
-
-        def read(which, row):
-            records = np.empty(len(row), object)
+        def read(step):
+            which, rows = locate(int(step))
+            records = np.empty(local, object)
             for number, part in enumerate(self._parts):
                 mine = np.flatnonzero(which == number)
                 if len(mine):
-                    records[mine] = part.read(row[mine])
+                    records[mine] = part.read(rows[mine])
             return records
 
         def fetch(step):
-            records = lib.numpy_function(read, locate(step), lib.string, stateful=False)
+            records = lib.numpy_function(read, [step], lib.string, stateful=False)
             return lib.data.Dataset.from_tensor_slices(lib.ensure_shape(records, [local]))
 
         data = lib.data.Dataset.range(start, np.iinfo(np.int64).max)
@@ -197,81 +214,62 @@ class _Cache:
     """One folder of shards: what is known about it, and its records by index."""
 
     def __init__(self, folder: Path):
-        self.folder, self.damage = folder, None
-        if not (folder / "composer.json").is_file():
-            raise ValueError(f"{folder} is no cache; make one with composer prepare")
-        self.known = json.loads((folder / "composer.json").read_text())
-        if self.known["format"] != FORMAT:
-            raise ValueError(
-                f"{folder}: format {self.known['format']}; this version reads {FORMAT}"
-            )
-        if not (folder / "dataset_info.json").is_file():
-            raise ValueError(f"{folder} is not finished; run its composer prepare again")
-        info = json.loads((folder / "dataset_info.json").read_text())
-        split = next(s for s in info["splits"] if s["name"] == SPLIT)
-        self._counts = [int(count) for count in split["shardLengths"]]
+        self.folder, self._source = folder, None
+        try:
+            made = read_made(folder)
+            if made is None:
+                raise ValueError(f"{folder} is no cache; make one with composer prepare")
+            self.known = made
+            self._counts, total = read_counts(folder)
+        except FileNotFoundError:
+            raise ValueError(f"{folder} is not finished; {AGAIN}") from None
+        except Damaged as error:
+            raise ValueError(f"{error}; {AGAIN}") from None
         shards = len(self._counts)
         self._paths = [shard_path(folder, shard, shards) for shard in range(shards)]
         self._ends = np.cumsum(self._counts)
-        self._source = None
-        for path in self._paths:
-            if not path.is_file():
-                raise ValueError(self._mend(path, "is missing"))
+        if shards != self.known["shards"]:
+            info = f"{folder / 'dataset_info.json'} tells of {shards} shards"
+            raise ValueError(f"{info}, composer.json of {self.known['shards']}; {AGAIN}")
         if not len(self):
             raise ValueError(f"{folder} holds no example")
+        self._check_sizes(total)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, rows: np.ndarray) -> list[bytes]:
-        """The serialised examples at those indices; raises ValueError, and notes it, for damage."""
-        try:
-            return self._records().__getitems__(rows.tolist())
-        except Exception as error:
-            bad = next((row for row in rows.tolist() if not self._whole(row)), int(rows[0]))
-            path = self._paths[int(np.searchsorted(self._ends, bad, side="right"))]
-            reason = str(error).strip().splitlines()[0][:150]
-            self.damage = self._mend(path, f"is damaged ({reason})")
-            raise ValueError(self.damage) from error
+    def _check_sizes(self, total: int) -> None:
+        """Raises ValueError naming a shard that is missing or has not the size that was noted."""
+        sizes = [path.stat().st_size if path.is_file() else -1 for path in self._paths]
+        if -1 not in sizes and sum(sizes) == total:
+            return
+        for shard, path in enumerate(self._paths):
+            try:
+                wanted = read_notes(self.folder, shard)["bytes"]
+            except (FileNotFoundError, Damaged):
+                wanted = sizes[shard]
+            if fault := size_fault(path, wanted):
+                raise ValueError(f"{fault}; {AGAIN}")
+        raise ValueError(f"{self.folder / 'dataset_info.json'} does not fit the shards; {AGAIN}")
 
-    def _records(self):
+    def read(self, rows: np.ndarray) -> list[bytes]:
+        """The serialised examples at those indices; raises what array_record raises."""
         if self._source is None:
             from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-            paths = [p for p, count in zip(self._paths, self._counts, strict=True) if count]
-            self._source = ArrayRecordDataSource([str(path) for path in paths])
-            if len(self._source) != len(self):
-                raise ValueError(f"it holds {len(self._source)} records, {len(self)} are wanted")
-        return self._source
+            counted = zip(self._paths, self._counts, strict=True)
+            paths = [f"{path}[0:{count}]" for path, count in counted if count]  # opened when read
+            self._source = ArrayRecordDataSource(paths)
+        return self._source.__getitems__(rows.tolist())
 
-    def _whole(self, row: int) -> bool:
-        try:
-            self._records().__getitems__([row])
-        except Exception:
-            return False
-        return True
-
-    def _mend(self, path: Path, what: str) -> str:
-        notes = self.folder / "shards" / f"{self._paths.index(path):05d}.json"
-        return f"{path} {what}; remove {notes} and run its composer prepare again"
-
-
-def pattern(weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A fixed shuffled pattern of positions: (source and rank of each slot, slots by source).
-
-    The proportions are the weights, to within one slot of `PATTERN`.
-    """
-    length = PATTERN if len(weights) > 1 else 1
-    ends = np.rint(np.cumsum(weights) * length).astype(np.int64)
-    count = np.diff(ends, prepend=0)
-    if (count < 1).any():
-        raise ValueError(f"weights {list(weights)}: each must be at least 1 / {PATTERN} of all")
-    source = np.repeat(np.arange(len(weights)), count)
-    np.random.Generator(np.random.Philox(key=[seed, PATTERN])).shuffle(source)
-    rank = np.zeros(length, np.int64)
-    for number in range(len(weights)):
-        rank[source == number] = np.arange(count[number])
-    return source, rank, count
+    def culprit(self, rows: np.ndarray, decode: Callable[[bytes], Any]) -> str | None:
+        """Which shard is to blame where these rows cannot be read, and what to do."""
+        shards = np.searchsorted(self._ends, rows, side="right")
+        for shard, row in sorted(set(zip(shards.tolist(), rows.tolist(), strict=True))):
+            position = row - int(self._ends[shard]) + self._counts[shard]
+            if fault := record_fault(self._paths[shard], position, decode):
+                return f"{self._paths[shard]} is damaged ({fault}); {AGAIN} with --verify"
+        return None
 
 
 def _parse(text: str) -> list[tuple[float, str]]:

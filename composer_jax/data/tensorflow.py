@@ -10,7 +10,8 @@ from typing import Any
 @cache
 def tf() -> Any:
     """The module `tensorflow`, which takes no accelerator from JAX."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # which JAX sets
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it says at its start what it cannot do
     try:
         import tensorflow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -127,6 +128,17 @@ class Checkpoints:
         self._manager.close()
         if self._failed or failed:
             raise OSError(self._failed or failed)
+
+
+def newest_notes(folder: Path) -> dict | None:
+    """The newest notes that can be read, of the checkpoints under `folder`; None without any."""
+    steps = [path for path in folder.glob("*") if path.name.isdigit()]
+    for step in sorted(steps, key=lambda path: int(path.name), reverse=True):
+        try:
+            return dict(json.loads((step / NOTES / "metadata").read_text()))
+        except (OSError, ValueError, TypeError):  # damaged: `restore` goes by an older one, too
+            continue
+    return None
 
 
 def digest(tree) -> list[int]:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import optax
 
+from composer_jax.data.order import ORDER
 from composer_jax.models.files import dotted
 from composer_jax.storage.checkpoints import Checkpoints
 from composer_jax.training.cluster import Stop, leave
@@ -111,6 +112,7 @@ def train(
 
     jitted = jit_step(shardings, loss, optimizer, settings.ema, settings.accumulate, settings.dtype)
     seed = seed_words(settings.seed)
+    order = notes.get("order", 1) if start else ORDER  # what `batch` goes by: see tasks.py
     told = Log(workdir, start, settings.steps, settings.batch, notes.get("waiting", ()))
     try:
         with _failures_explained(batch, workdir), Stop() as stop:
@@ -139,7 +141,7 @@ def train(
                         with told.away():
                             told.scalars(done, hook(done, state) or {})
                 if last or done % settings.save_every == 0 or asked:
-                    checkpoints.save(done, state, {"waiting": told.waiting()})
+                    checkpoints.save(done, state, {"waiting": told.waiting(), "order": order})
                     if on_save:
                         on_save(done, state)
                 if asked and not last:

@@ -17,6 +17,7 @@ from flax import nnx
 from composer_jax import conditions
 from composer_jax.data.captions import altered
 from composer_jax.data.extractors import load_extractors
+from composer_jax.data.order import ORDER
 from composer_jax.data.pipeline import batches
 from composer_jax.data.prepare import fingerprint, prepare
 from composer_jax.data.scenes import EXCLUSIVE, Scenes
@@ -28,6 +29,7 @@ from composer_jax.models.files import Tensor, module_tensors
 from composer_jax.models.initializers import described, drawn
 from composer_jax.models.objects import ObjectConfig, ObjectDetector, object_loss
 from composer_jax.models.vae import VAE, VAEConfig, codec_loss, pca_skip, standardised
+from composer_jax.storage.checkpoints import newest_notes
 from composer_jax.storage.models import save_model, save_part
 from composer_jax.training.cluster import share
 from composer_jax.training.composer import check_start, make_recipe
@@ -106,12 +108,14 @@ def _data(
     `take`: what of an example goes into a batch.
     """
     part = share(make_mesh(**config.mesh), config.batch)
+    kept = newest_notes(workdir / "checkpoints")  # a run keeps the order that it began with
+    order = ORDER if kept is None else kept.get("order", 1)
 
     def opened(source: Source | Caches) -> tuple[dict, Callable[[int], Any], int]:
         """The first examples, batches, and how many examples there are."""
         if isinstance(source, Caches):
             source.check(names, made_by)
-            read = source.batches(config.batch, config.seed, part)
+            read = source.batches(config.batch, config.seed, part, order)
             pool = source.examples(range(min(shown, len(source))))
             return pool, lambda step: take(read(step)), len(source)
         pool = prepare(source, names, tools, encoders, pools_folder(config, workdir), made_by)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,8 +104,9 @@ def test_kills_lose_only_the_shards_in_flight(photos, prepared, tmp_path):
         assert len(kept) >= shards
     assert prepare(f"folder:{photos}", out) == 0
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
-    same(out, prepared)
-    assert not list(out.rglob("*.new"))
+    for path in prepared.rglob("*.*"):
+        assert path.read_bytes() == (out / path.relative_to(prepared)).read_bytes(), path
+    assert not list(out.rglob("*.part"))
 
 
 def test_a_shard_of_broken_files_alone_is_no_trouble(photos, tmp_path, capsys):
@@ -125,6 +127,55 @@ def test_a_cache_of_maps_that_are_drawn_anew_stores_no_condition(tmp_path):
     assert main(["prepare", "scenes:4", "--out", str(tmp_path / "cache"), *words]) == 0
     example = whole(tmp_path / "cache")
     assert example["stored"] == {} and example["image"].shape == (4, 64, 64, 3)
+
+
+def test_files_beside_the_shards_are_made_again_where_they_can_be(
+    prepared, photos, tmp_path, capsys
+):
+    out = tmp_path / "again"
+    shutil.copytree(prepared, out)
+    cases = [
+        ("composer.json", "[]", "composer.json was damaged and is written anew"),
+        ("composer.json", '{"format": 1', "composer.json was damaged and is written anew"),
+        ("composer.json", None, "composer.json was damaged and is written anew"),
+        ("dataset_info.json", "[]", "dataset_info.json did not fit the shards and is written anew"),
+        ("features.json", "", "features.json did not fit the shards and is written anew"),
+        ("skipped.jsonl", '{"na', "skipped.jsonl did not fit the shards and is written anew"),
+        ("shards/00002.json", "{", "shards/00002.json is damaged; the shard is made anew"),
+    ]
+    for group in (cases[0::3], cases[1::3], cases[2::3]):
+        for name, text, _ in group:
+            (out / name).unlink() if text is None else (out / name).write_text(text)
+        if group[0][1] == "[]":  # nothing is known of the call that an older version noted
+            notes = json.loads((out / "shards/00000.json").read_text())
+            (out / "shards/00000.json").write_text(json.dumps(notes | {"call": "another"}))
+            assert prepare(f"folder:{photos}", out) == 2
+            assert (
+                "its shards may be of another call; give another --out" in capsys.readouterr().err
+            )
+            (out / "shards/00000.json").write_text(json.dumps(notes, indent=2) + "\n")
+        assert prepare(f"folder:{photos}", out) == 0
+        told = capsys.readouterr().out
+        assert all(says in told for _, _, says in group), told
+        for path in prepared.rglob("*.*"):
+            assert path.read_bytes() == (out / path.relative_to(prepared)).read_bytes(), path
+
+
+def test_a_whole_cache_is_not_written_to(photos, prepared):
+    def times():
+        return {path: path.stat().st_mtime_ns for path in (prepared, *prepared.rglob("*"))}
+
+    before = times()
+    assert prepare(f"folder:{photos}", prepared, "--verify") == 0
+    assert times() == before  # which may be read-only
+
+
+def test_a_source_without_one_usable_image_leaves_no_cache(tmp_path, capsys):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").touch()
+    out = tmp_path / "out"
+    assert prepare(f"folder:{tmp_path / 'bad'}", out) == 2
+    assert "no usable image; skipped 1" in capsys.readouterr().err and not out.exists()
 
 
 def test_wrong_use_ends_in_one_line(photos, prepared, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Preparing: made once, made anew when what makes it changes, never half-written."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -41,6 +43,32 @@ def test_it_is_made_once_and_anew_when_its_maker_changes(source, tmp_path):
     np.testing.assert_array_equal(again["stored"]["sketch"], first["stored"]["sketch"])
     pool(2)
     assert sum(calls) == 140
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("image.npy", lambda path: os.truncate(path, path.stat().st_size - 1)),
+        ("image.npy", lambda path: os.truncate(path, 0)),
+        ("image.npy", lambda path: path.unlink()),
+        ("stored.palette.npy", lambda path: path.unlink()),
+        ("stored.palette.npy", lambda path: path.write_text("palette")),
+        ("stored.palette.npy", lambda path: np.save(path, np.zeros((2, 156), np.float32))),
+        ("made_by.json", lambda path: path.write_text("{")),
+        ("arrays.json", lambda path: path.write_text("[")),
+    ],
+)
+def test_a_damaged_pool_is_prepared_anew_and_said(tmp_path, caplog, name, damage):
+    source = open_source("scenes:3", size=64)
+    arguments = source, ("palette",), {}, {}, tmp_path / "pools", {}
+    wanted = jax.tree.map(np.array, prepare(*arguments))
+    (folder,) = (tmp_path / "pools").iterdir()
+    damage(folder / name)
+    jax.tree.map(np.testing.assert_array_equal, prepare(*arguments), wanted)
+    assert f"{folder} is damaged" in caplog.text and "prepared anew" in caplog.text
+    caplog.clear()
+    prepare(*arguments)
+    assert not caplog.text
 
 
 def test_what_is_asked_of_a_source_is_asked_once(tmp_path):
