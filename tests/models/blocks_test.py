@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from composer_jax.models.blocks import MASKED, attend, bias_as_feature, lecun_normal
+from composer_jax.models.blocks import (
+    MASKED,
+    attend,
+    bias_as_feature,
+    group_norm,
+    layer_norm,
+    lecun_normal,
+)
 
 
 def draw(seed, *shape):
@@ -43,3 +50,19 @@ def test_kernels_start_as_flaxs_own_do():
         for init in (lecun_normal, nnx.initializers.lecun_normal())
     )
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0, 100.0, 1000.0])
+def test_norms_are_exact_where_the_mean_is_large(mean):
+    x = (mean + np.random.default_rng(0).normal(size=(2, 16, 16, 32))).astype(np.float32)
+    options = {"dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    norms = (
+        (group_norm(32, 8, 1e-5, **options), x.reshape(2, 256, 8, 4), (1, 3)),
+        (layer_norm(32, 1e-5, **options), x, -1),
+    )
+    for norm, grouped, axes in norms:
+        exact = grouped.astype(np.float64)
+        exact -= exact.mean(axes, keepdims=True)
+        exact /= np.sqrt((exact**2).mean(axes, keepdims=True) + 1e-5)
+        error = np.asarray(norm(x)) - exact.reshape(x.shape)
+        assert np.sqrt(np.mean(error**2)) < max(5e-7 * mean, 1e-6)  # fast: 2e-7 of its square
