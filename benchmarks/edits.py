@@ -16,10 +16,10 @@ from composer_jax import conditions
 from composer_jax.data.sources import open_source
 from composer_jax.evaluation.control import extract_all, tool_of
 from composer_jax.evaluation.judges import scenes_judges
-from composer_jax.evaluation.pictures import save_png
 from composer_jax.sampling import edits
 from composer_jax.sampling.picture import Picture
 from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.utils.png import save_png
 
 SHOWN, CELL, LABEL = 4, 96, 118
 SCENES = {"red": "blue", "blue": "yellow", "green": "red", "yellow": "green", "purple": "orange"}

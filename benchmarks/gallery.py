@@ -15,8 +15,9 @@ from composer_jax.data.sources import Source, open_source
 from composer_jax.diffusion import Use
 from composer_jax.evaluation.control import extract_all, sample_each
 from composer_jax.evaluation.judges import scenes_judges
-from composer_jax.evaluation.pictures import grid, labelled_sheet, save_png
+from composer_jax.evaluation.pictures import grid, labelled_sheet
 from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.utils.png import save_png
 
 ROWS, CELL = 8, 96
 CAPTIONS = (

@@ -20,8 +20,9 @@ from composer_jax.conditions.decompose import decompose
 from composer_jax.conditions.image import fit_map
 from composer_jax.data.tools import load_tools
 from composer_jax.evaluation.control import degenerate, extract_all, measure_each, reconstruct
-from composer_jax.evaluation.pictures import labelled_sheet, save_png
+from composer_jax.evaluation.pictures import labelled_sheet
 from composer_jax.storage.models import load_codec
+from composer_jax.utils.png import save_png
 
 PHOTOS = ("astronaut", "cat", "coffee", "rocket", "hubble_deep_field", "retina", "colorwheel")
 SHOWN = ("astronaut", "cat", "coffee", "rocket", "motorcycle")

@@ -19,8 +19,9 @@ from composer_jax.conditions.decompose import known_alpha
 from composer_jax.conditions.features import packed
 from composer_jax.conditions.image import load_rgba, on_white
 from composer_jax.data.tools import load_tools
-from composer_jax.evaluation.pictures import labelled_sheet, save_png
+from composer_jax.evaluation.pictures import labelled_sheet
 from composer_jax.utils.atomic import new_file
+from composer_jax.utils.png import save_png
 
 
 def decompose(image: Any, **options: Any) -> dict[str, Any]:

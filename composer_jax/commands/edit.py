@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from composer_jax import conditions
@@ -22,10 +23,13 @@ from composer_jax.commands.sample import (
 from composer_jax.commands.unused import check_switches, tell, tell_tools
 from composer_jax.conditions.image import load_rgba
 from composer_jax.data.tools import load_tools
-from composer_jax.evaluation.pictures import grid, save_png
+from composer_jax.evaluation.pictures import grid
 from composer_jax.sampling.edits import TASKS, Task
 from composer_jax.sampling.picture import Picture
-from composer_jax.storage.series import Series, describe_model
+from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.storage.series import Series, describe, describe_model, describe_uses
+from composer_jax.utils.atomic import check_writable
+from composer_jax.utils.png import save_png
 
 # What tasks take beside images and factors: how it is read, and what it is.
 OPTIONS: dict[str, tuple[Any, str, str]] = {
@@ -104,24 +108,25 @@ def run(args: argparse.Namespace) -> None:
     for prefix in ("", "own."):
         check_switches(args, prefix)
     settings = _settings(args, task)
-    if (args.out / "0000.png").exists():
-        raise ValueError(f"{args.out} holds images already; give another --out")
+    check_writable(args.out)
     pipe = open_pipeline(args)
     for own, found in (("", given), ("own.", known)):
         for name in conditions.names():
             (value,) = switched(pipe, name, values, [f"{own}{name}"], own)
             found |= {} if value is None else {name: value}
     tools = load_tools(**named_tools(args))
+    uses = pipe.uses(given)
+    call = _call(pipe, images, known, uses, settings)
+    series = Series(args.out, {"task": args.task, "tools": named_tools(args), **call})
     pictures = [Picture(pipe, image, tools=tools) for image in images]
     pictures[0] = Picture(pipe, images[0], known, tools)
-    uses = pipe.uses(given)
     needed = {name: uses.pop(name) for name in task.needs if name in uses}
-    made = task.function(pipe, *pictures, given=uses, **needed, **settings)
-    _tell_unused(args, pictures, known)
-    said = {k: str(v) for k, v in values.items() if v is not None and k not in ("parser", "out")}
-    series = Series(args.out, said | {"model": describe_model(pipe.model)})
-    for i, image in enumerate(made):
-        series.add(i, image)
+    if missing := series.missing(args.count):
+        made = task.function(pipe, *pictures, given=uses, **needed, **settings)
+        _tell_unused(args, pictures, known)
+        for i in (i for part in missing for i in part):
+            series.add(i, made[i])
+    made = series.images(args.count)
     shown = np.concatenate([np.stack([picture.pixels for picture in pictures]), made])
     save_png(args.out / "grid.png", grid(shown, min(len(shown), 8)))
     print(f"{args.task}: {len(made)} images in {args.out}, see grid.png")
@@ -134,6 +139,20 @@ def _tell_unused(args: argparse.Namespace, pictures: list[Picture], known: dict[
             tell(f"--own.{name}", f"{args.task} did not ask for the image's {name}")
     taken = set().union(*(picture.taken for picture in pictures))
     tell_tools(args, taken, f"{args.task} took nothing from its images by it")
+
+
+def _call(pipe: Pipeline, images, known, uses, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides what the images are."""
+    return {
+        "model": describe_model(pipe.model),
+        "guide": describe_model(pipe.guide) if pipe.guide else None,
+        "size": pipe.size,
+        "dtype": str(jnp.dtype(pipe.model.composer.dtype)),
+        "images": [describe(image) for image in images],
+        "own": {name: describe(value) for name, value in known.items()},
+        **describe_uses(uses),
+        **{name: describe(value) for name, value in settings.items()},
+    }
 
 
 def _settings(args: argparse.Namespace, task: Task) -> dict[str, Any]:

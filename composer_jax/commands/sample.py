@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from composer_jax.data.tools import load_tools
 from composer_jax.diffusion import SOLVERS, Use, use
 from composer_jax.diffusion.grids import FINALS, SPACINGS
 from composer_jax.evaluation.obedience import APART, obedience, pairs
-from composer_jax.evaluation.pictures import grid, labelled_sheet, save_png
+from composer_jax.evaluation.pictures import grid, labelled_sheet
 from composer_jax.evaluation.report import Report
 from composer_jax.sampling.options import Options
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import Series, describe_model, describe_uses
+from composer_jax.utils.atomic import check_writable, write_text
+from composer_jax.utils.png import save_png
 from composer_jax.utils.precision import PRECISIONS, current_precision
 
 DTYPES = ("float32", "bfloat16")
@@ -154,37 +156,46 @@ def run(args: argparse.Namespace) -> None:
     check_conditions(args, wanted)
     check_switches(args)
     options = sampling_options(args)
+    check_writable(args.out)
     pipe = open_pipeline(args)
-    uses = pipe.uses(_given(args, pipe, wanted))
+    tools = load_tools(**named_tools(args))
+    uses = pipe.uses(_given(args, pipe, wanted, tools))
     pipe.check(uses, seed=args.seed, **options)
     measured = uses if args.report else ()
     tell_tools(args, {*wanted, *measured}, "it takes nothing from an image here, for --use or "
                "--report")  # fmt: skip
     series = Series(args.out, _call(args, pipe, uses, options))
-    images = pipe.stream(
-        uses,
-        count=args.count,
-        seed=args.seed,
-        first=series.first,
-        preview=_preview(args.out) if args.previews else None,
-        every=args.previews,
-        **options,
-    )
-    bar = {"total": args.count, "unit": "image", "disable": args.count < 2}
-    for i, image in enumerate(tqdm(images, initial=series.first, **bar), series.first):
-        series.add(i, image)
+    failed: list[OSError] = []
+    preview = _preview(args.out, failed) if args.previews else None
+    missing = series.missing(args.count)
+    parts = [
+        (part, pipe.stream(uses, count=part.stop, first=part.start, seed=args.seed,
+                           preview=preview, every=args.previews, **options))
+        for part in missing
+    ]  # fmt: skip
+    done = args.count - sum(map(len, missing))
+    bar = {"total": args.count, "initial": done, "unit": "image", "disable": args.count < 2}
+    with tqdm(**bar) as progress:
+        for part, images in parts:
+            for i, image in zip(part, images, strict=True):
+                if failed:
+                    raise failed[0]
+                series.add(i, image)
+                progress.update()
     shown = series.images(min(args.count, SHOWN))
     save_png(args.out / "grid.png", grid(shown, min(len(shown), 8)))
     print(f"{args.count} images given {', '.join(uses) or 'nothing'} in {args.out}, see grid.png")
     if args.report:
-        _report(args, pipe, uses, shown, options)
+        _report(args, pipe, uses, shown, options, tools)
 
 
-def _given(args: argparse.Namespace, pipe: Pipeline, wanted: list[str]) -> dict[str, list[Use]]:
+def _given(
+    args: argparse.Namespace, pipe: Pipeline, wanted: list[str], tools: Mapping[str, Any]
+) -> dict[str, list[Use]]:
     """The uses that the command line asks for."""
     given: dict[str, Any] = {}
     if args.image:
-        tools = pipe.tools(wanted) | load_tools(**named_tools(args))
+        tools = pipe.tools(wanted) | tools
         rgba = load_rgba(args.image)
         known = {n: fit_map(a, (pipe.size,) * 2, "area") for n, a in known_alpha(rgba).items()}
         image = pipe.fit_image(on_white(rgba))
@@ -224,16 +235,29 @@ def _call(args, pipe: Pipeline, uses: dict[str, list[Use]], options: dict[str, A
     }
 
 
-def _preview(out: Path):
-    """Writes OUT/previews/STEP.png."""
-    return lambda step, images: save_png(
-        out / "previews" / f"{step:04d}.png", grid(images, min(len(images), 8))
-    )
+def _preview(out: Path, failed: list[OSError]) -> Callable[[int, np.ndarray], None]:
+    """Writes OUT/previews/STEP.png; what the system refuses goes into `failed`, as no error may
+    leave what a compiled program calls."""
+
+    def look(step: int, images: np.ndarray) -> None:
+        try:
+            save_png(out / "previews" / f"{step:04d}.png", grid(images, min(len(images), 8)))
+        except OSError as error:
+            failed.append(error)
+
+    return look
 
 
-def _report(args, pipe: Pipeline, uses, images: np.ndarray, options: dict[str, Any]) -> None:
+def _report(
+    args,
+    pipe: Pipeline,
+    uses,
+    images: np.ndarray,
+    options: dict[str, Any],
+    tools: Mapping[str, Any],
+) -> None:
     """OUT/report.html: each image, its conditions as wanted and as taken out of it again."""
-    tools = pipe.tools(tuple(uses)) | load_tools(**named_tools(args))
+    tools = pipe.tools(tuple(uses)) | tools
     found = obedience(uses, images, tools)
     page = Report("How the images obey", f"{len(images)} images, {args.out}")
     table = []
@@ -266,7 +290,7 @@ def _report(args, pipe: Pipeline, uses, images: np.ndarray, options: dict[str, A
                 row[f"{one.name}, got"] = condition.render(one.got[i])
         scores = ", ".join(f"{one.name} {one.scores[i]:.3f}" for one in found if len(one.scores))
         page.picture(labelled_sheet([row], 128), scores or f"image {i}")
-    (args.out / "report.html").write_text(page.html())
+    write_text(args.out / "report.html", page.html())
     print(f"wanted and got beside each other in {args.out / 'report.html'}")
 
 

@@ -17,7 +17,7 @@ from composer_jax.commands import arguments
 from composer_jax.commands.arguments import take_rest  # noqa: F401 (the cli calls it)
 from composer_jax.commands.unused import tell_keys
 from composer_jax.diffusion import Use
-from composer_jax.evaluation.pictures import grid, save_png
+from composer_jax.evaluation.pictures import grid
 from composer_jax.training.cluster import gather, is_main, join, main_first, share
 from composer_jax.training.config import check_kept, flat, keep_config, load_config
 from composer_jax.training.ema import snapshot_path, write_snapshot
@@ -30,6 +30,7 @@ from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import only
 from composer_jax.training.tasks import Task, make_task, open_data, pools_folder
 from composer_jax.utils.atomic import check_writable
+from composer_jax.utils.png import save_png
 from composer_jax.utils.precision import matmul_precision
 
 log = logging.getLogger("composer_jax")

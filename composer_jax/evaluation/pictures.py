@@ -1,20 +1,13 @@
-"""Pictures for people: grids, contact sheets, PNG files."""
+"""Pictures for people: grids, contact sheets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 CELL, GAP, LINE = 192, 6, 18
-
-
-def save_png(path: Path, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3], making folders as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:

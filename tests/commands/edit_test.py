@@ -7,6 +7,7 @@ from PIL import Image
 import composer_jax as cj
 from composer_jax.cli import main
 from composer_jax.sampling.edits import TASKS
+from tests.disks import file_limit
 
 
 @pytest.fixture(scope="module")
@@ -89,5 +90,23 @@ def test_mistakes_are_one_line(run, folder, tmp_path, capsys, words, said):
 def test_images_are_not_written_over(run, folder, tmp_path, capsys):
     (tmp_path / "0000.png").touch()
     assert edit(folder, "variation @a.png", "--model", run, "--out", tmp_path) == 2
-    assert "holds images already" in capsys.readouterr().err
+    assert "holds 0000.png already" in capsys.readouterr().err
     assert (tmp_path / "0000.png").stat().st_size == 0
+
+
+def test_an_edit_goes_on_after_trouble(run, folder, tmp_path, capsys, caplog):
+    out = tmp_path / "made/out"
+    words = "variation @a.png --count 2 --steps 2"
+    for size in (0, 2000):  # no room for call.json, then for no image
+        with file_limit(size):
+            assert edit(folder, words, "--model", run, "--out", out) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{out}/" in error and "file system" in error
+    assert edit(folder, words, "--model", run, "--out", out) == 0
+    images = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "0001.png").write_bytes(images["0001.png"][:100])
+    assert edit(folder, words, "--model", run, "--out", out) == 0
+    assert "0001.png is damaged" in caplog.text
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == images
+    assert edit(folder, f"{words} --seed 1", "--model", run, "--out", out) == 2
+    assert "another seed (0, now it is 1); give another --out" in capsys.readouterr().err

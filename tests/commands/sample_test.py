@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from composer_jax.cli import main
+from tests.disks import file_limit
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,45 @@ def test_a_call_goes_on_and_reports(words, tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") == 3 and "palette" in page
     assert main([*words, "--out", str(out), "--guidance", "5"]) == 2
-    assert "another guidance; give another --out" in capsys.readouterr().err
+    assert "another guidance (2.0, now it is 5.0); give another --out" in capsys.readouterr().err
     assert np.asarray(Image.open(out / "grid.png")).shape == (66, 3 * 66, 3)
+
+
+def test_a_call_goes_on_after_trouble(words, tmp_path, capsys, caplog):
+    out = tmp_path / "made/out"
+    call = [*words, "--out", str(out), "--count", "2"]
+    for size in (0, 2000):  # no room for call.json, then for no image
+        with file_limit(size):
+            assert main(call) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{out}/" in error and "file system" in error
+    assert main(call) == 0
+    images = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "0001.png").write_bytes(images["0001.png"][:100])
+    (out / "call.json").write_text("")
+    assert main(call) == 0
+    assert "0001.png is damaged" in caplog.text and "call.json is damaged" in caplog.text
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == images
+
+
+def test_no_space_for_a_preview_is_one_line(words, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/previews").write_text("")
+    assert main([*words, "--out", str(tmp_path / "out"), "--previews", "1", "--count", "1"]) == 2
+    assert "holds previews already" in capsys.readouterr().err
+    with file_limit(2000):
+        call = [*words, "--out", str(tmp_path / "new"), "--previews", "1", "--count", "1"]
+        assert main(call) == 1
+    error = capsys.readouterr().err
+    assert "previews/0000.png cannot be written" in error and "Traceback" not in error
+
+
+def test_a_refused_call_leaves_its_folder_to_the_next(words, tmp_path, capsys):
+    out = tmp_path / "made/out"
+    for more in (["--interval", ".5:.2"], ["--report", "--depth-weights", "nowhere"]):
+        assert main([*words, "--out", str(out), *more]) == 2
+        assert not list(tmp_path.iterdir())
+    assert main([*words, "--out", str(out), "--count", "1"]) == 0
 
 
 def test_a_report_of_two_conditions_compares_their_directions(words, tmp_path, capsys):
