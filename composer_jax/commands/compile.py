@@ -11,6 +11,8 @@ from composer_jax.commands.sample import (
     sampling_options,
 )
 from composer_jax.diffusion.guidance import BUCKETS
+from composer_jax.utils.atomic import check_writable
+from composer_jax.utils.owned import record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes one program; `sample` finds it in the model's folder."""
     options = sampling_options(args)
+    if args.out is not None:
+        check_writable(args.out)
     pipe = open_pipeline(args)
     path = pipe.compile(args.out, rows=args.rows, values=args.values, **options)
+    record(path.parent, [path])
     print(f"{path}, {path.stat().st_size >> 10} KiB")

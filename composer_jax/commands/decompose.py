@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from composer_jax.conditions.features import packed
 from composer_jax.conditions.image import load_rgba, on_white
 from composer_jax.data.tools import load_tools
 from composer_jax.evaluation.pictures import labelled_sheet
-from composer_jax.utils.atomic import new_file
-from composer_jax.utils.png import save_png
+from composer_jax.utils.atomic import check_writable
+from composer_jax.utils.owned import check_apart, write_files
+from composer_jax.utils.png import png_bytes
 
 
 def decompose(image: Any, **options: Any) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
     stems = [path.stem for path in images]
     if len(set(stems)) < len(stems):
         raise ValueError("two images have the same name; their results would share a folder")
+    check_writable(args.out)
     names = args.only or conditions.names()
     tell_tools(args, names, f"--only {','.join(names)} does not take it")
     tools = load_tools(clip=args.clip, **named_tools(args))
@@ -100,12 +103,14 @@ def run(args: argparse.Namespace) -> None:
         )
         for path, image in tqdm(images.items(), unit="image", disable=len(images) < 2)
     }
-    rows = []
+    rows, files = [], {}
     for path, stored in results.items():
-        write_stored(args.out / path.stem, stored)
+        files |= {f"{path.stem}/{name}": data for name, data in stored_files(stored).items()}
         shown = {name: conditions.get(name).render(value) for name, value in stored.items()}
         rows.append({"image": images[path], **shown})
-    save_png(args.out / "contact_sheet.png", labelled_sheet(rows))
+    files["contact_sheet.png"] = png_bytes(labelled_sheet(rows))
+    check_apart([args.out / name for name in files], images)
+    write_files(args.out, files)
     tools["clip"].report_cut()
     for name, reason in reasons.items():
         print(f"without {name}: {reason}")
@@ -113,14 +118,21 @@ def run(args: argparse.Namespace) -> None:
     print(f"{done} conditions of {len(results)} images in {args.out}, see contact_sheet.png")
 
 
-def write_stored(folder: Path, stored: Mapping[str, Any]) -> None:
-    """Writes FOLDER/<condition>.npy and .png of stored values; `parse` reads them back, exactly but
+def stored_files(stored: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files <condition>.npy and .png of stored values; `parse` reads them back, exactly but
     for the palette's .png, whose shares are rounded; pictures of what no picture can hold (caption,
     semantics) it refuses."""
+    files = {}
     for name, value in stored.items():
-        save_png(folder / f"{name}.png", conditions.get(name).to_png(value))
-        with new_file(folder / f"{name}.npy") as path, path.open("wb") as file:
-            np.save(file, packed(value), allow_pickle=False)
+        files[f"{name}.png"] = png_bytes(conditions.get(name).to_png(value))
+        files[f"{name}.npy"] = _npy_bytes(packed(value))
+    return files
+
+
+def _npy_bytes(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
 
 
 def _beside(path: Path) -> dict[str, str]:

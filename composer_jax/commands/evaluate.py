@@ -41,7 +41,7 @@ from composer_jax.evaluation.quality import effnet_features, quality
 from composer_jax.evaluation.report import Report
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import describe_model
-from composer_jax.utils.atomic import write_json
+from composer_jax.utils.atomic import check_writable, write_json, write_text
 from composer_jax.utils.precision import current_precision
 from composer_jax.utils.values import SEED
 
@@ -100,9 +100,11 @@ class Examples:
 
 def run(args: argparse.Namespace) -> None:
     """Writes OUT/control.json and OUT/report.html; samples that are in OUT are not made again."""
-    wanted = _checked(args)
-    options = sampling_options(args)
+    wanted, options = check(args)
+    check_writable(args.out)
     pipe = open_pipeline(args)
+    settings = _settings(args, pipe, options)
+    samples = Samples(args.out, settings)
     _tell_unused(args, pipe, wanted)
     if "windows" in wanted:
         for span in experiments.WINDOWS.values():
@@ -112,8 +114,7 @@ def run(args: argparse.Namespace) -> None:
     world = args.source.partition(":")[0] == "scenes"
     judges = remembering(tools | (scenes_judges() if world else {}))
     measured, reasons = _measurable(examples, judges)
-    settings = _settings(args, pipe, options)
-    load = _sample(args, pipe, examples, wanted, Samples(args.out, settings), options)
+    load = _sample(args, pipe, examples, wanted, samples, options)
     through = reconstruct(pipe.model.vae, examples.images)
     controls, together = _measure_alone(examples, measured, load, through, judges)
     few = min(args.few, len(examples.images))
@@ -140,20 +141,21 @@ def run(args: argparse.Namespace) -> None:
     write_json(args.out / "control.json", result)
     report = _report(settings | numbers, controls, together, composition, reasons, good)
     _pictures(report, examples, controls, load, judges)
-    (args.out / "report.html").write_text(report.html())
+    write_text(args.out / "report.html", report.html())
     _print(controls, together, composition, reasons, good)
     print(f"numbers in {args.out / 'control.json'}, pictures in {args.out / 'report.html'}")
 
 
-def _checked(args: argparse.Namespace) -> list[str]:
-    """The experiments that are asked for; raises ValueError for what makes no sense."""
+def check(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """The experiments that are asked for, and the options of sampling; raises ValueError for what
+    makes no sense."""
     wanted = args.experiments.split(",") if args.experiments else []
     for word in wanted:
         if word not in EXPERIMENTS:
             hint = meant(word, EXPERIMENTS)
             raise ValueError(f"no experiment {word!r}{hint}; there are {', '.join(EXPERIMENTS)}")
     SEED.check("the last seed, --seed + --seeds - 1,", args.seed + args.seeds - 1)
-    return wanted
+    return wanted, sampling_options(args)
 
 
 def _tell_unused(args: argparse.Namespace, pipe: Pipeline, wanted: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from composer_jax.training.hardware import Chip, devices_of
 from composer_jax.training.plan import Cost, known_chip, largest, plan
 from composer_jax.training.schema import BATCH
 from composer_jax.training.sharding import make_mesh
+from composer_jax.utils.atomic import check_writable, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     tell_keys(config, args.overrides, "plan")
     if config.task != "composer":
         raise ValueError(f"{args.config} trains a {config.task}; plans are made for composers")
+    if args.json:
+        check_json(args.json)
     # a program out of the cache has neither a text nor a time that it took to compile
     jax.config.update("jax_enable_compilation_cache", False)
     devices = devices_of(args.topology)
@@ -81,8 +84,23 @@ def run(args: argparse.Namespace) -> None:
         report["larger"] = larger
         print(f"batch {larger['batch']} {larger['says']}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.json, report)
+
+
+def check_json(path: Path) -> None:
+    """Raises ValueError where `path` is a folder, or a file that an earlier plan did not write;
+    `WriteError` where it cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"--json {path} is a folder; a file is wanted")
+    check_writable(path.absolute().parent)
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        found = set(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError):
+        found = set()
+    if not found >= {"config", "topology", "device", "mesh", "remat"}:
+        raise ValueError(f"--json {path} is there, and no plan; give another file")
 
 
 def _run(report: dict, images: float, price: float) -> dict:

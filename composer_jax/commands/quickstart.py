@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from composer_jax.evaluation.pictures import labelled_sheet
 from composer_jax.evaluation.report import Report
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.training.config import load_config
-from composer_jax.utils.atomic import write_text
+from composer_jax.utils.atomic import check_writable, write_text
 
 PHOTOS = ("astronaut", "cat", "coffee", "rocket")
 PAIRS = (("sketch", "palette"), ("depth", "palette"), ("caption", "depth"))
@@ -54,12 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Decompose, train with an interruption, sample, report: writes OUT/report.html."""
     start = time.perf_counter()
-    workdir = args.out / "run"
+    workdir, path = args.out / "run", args.out / "report.html"
     if (task := load_config(args.config).task) != "composer":
         raise ValueError(f"{args.config} trains a {task}; quickstart is for composers")
-    if workdir.exists() and not (workdir / MARK).is_file():
-        raise ValueError(f"{workdir} is no earlier quickstart's; give another --out")
-    shutil.rmtree(workdir, ignore_errors=True)
+    check_writable(args.out)
+    for one in (workdir, path):
+        if one.exists() and not (workdir / MARK).is_file():
+            raise ValueError(f"{one} is no earlier quickstart's; give another --out")
     report = Report("Composer in JAX: quickstart", "Every number below was computed in this run.")
     print("1/3  photos come apart")
     photos(report)
@@ -71,8 +71,7 @@ def run(args: argparse.Namespace) -> None:
     advice(report, workdir)
     minutes = (time.perf_counter() - start) / 60
     report.text(f"This run took {minutes:.1f} minutes.")
-    path = args.out / "report.html"
-    path.write_text(report.html())
+    write_text(path, report.html())
     print(f"done in {minutes:.1f} minutes; open {path}")
 
 
@@ -100,9 +99,14 @@ def train_with_interruption(config: str, workdir: Path) -> int:
 
     Raises ValueError where training fails.
     """
-    write_text(workdir / MARK, "A run of composer quickstart, which the next one replaces.\n")
+    write_text(workdir / MARK, "A run of composer quickstart, which the next one goes on with.\n")
     command = [sys.executable, "-m", "composer_jax", "train", "--config", config]
     command += ["--workdir", str(workdir)]
+    if found := metrics(workdir):  # of an earlier quickstart
+        print(f"     found at step {found[-1]['step']}, now resumed")
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
+            raise ValueError("training ended with an error, see above")
+        return found[-1]["step"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while first.poll() is None:
         if len(metrics(workdir)) >= 2 and metrics(workdir)[-1]["step"] >= _steps(workdir) // 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
@@ -14,15 +15,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from composer_jax.commands import arguments
+from composer_jax.cli import Parser
+from composer_jax.commands import arguments, evaluate
 from composer_jax.commands.prepare import share
 from composer_jax.commands.unused import tell
 from composer_jax.evaluation.sweeps import FAILED, MEASURED, TRAINED, Table, results
 from composer_jax.models.files import read_json
 from composer_jax.training.config import load_config
 from composer_jax.training.sweep import Run, Sweep, load_sweep
-from composer_jax.utils.atomic import write_json
+from composer_jax.utils.atomic import check_writable, write_json, write_text
+from composer_jax.utils.claims import read_claim
 
+log = logging.getLogger("composer_jax")
+TABLES = ("table.md", "table.csv", "table.html")
 POOLS = "pools"  # in OUT: what sources are taken apart into, once for all runs
 # what the share of this process is told by is not for the runs, each of which is a job alone
 OURS = ("COMPOSER_PROCESS", "COMPOSER_PROCESSES")
@@ -66,34 +71,48 @@ def run(args: argparse.Namespace) -> int:
         for one in mine:
             print(f"{one.folder}  {' '.join(one.overrides)}")
         return 0
+    _check_evaluation(sweep)
     _keep(sweep, args.out)
     if not args.table:
         _run_all(sweep, mine, args.out, args.jobs)
     table = collect(sweep, args.out)
-    for name, text in (
-        ("table.md", table.markdown()),
-        ("table.csv", table.csv()),
-        ("table.html", table.html(sweep.name, sweep.doc)),
-    ):
-        new = args.out / f"{name}.{os.getpid()}.new"  # other tasks may be writing it, too
-        new.write_text(text)
-        os.replace(new, args.out / name)
+    texts = table.markdown(), table.csv(), table.html(sweep.name, sweep.doc)
+    for name, text in zip(TABLES, texts, strict=True):
+        write_text(args.out / name, text)  # other tasks may be writing it, too
     print(table.markdown())
     done = sum(bool(row) for row in table.runs.values())
     print(f"{done} of {len(sweep.runs)} runs are done; tables in {args.out}")
     return int(any(one for one in mine if (one.label, one.seed) in table.reasons))
 
 
+def _check_evaluation(sweep: Sweep) -> None:
+    """Raises ValueError for words that `composer evaluate` would refuse after the first run."""
+    parser = Parser(prog="composer evaluate", allow_abbrev=False)
+    evaluate.add_arguments(parser)
+    try:
+        evaluate.check(parser.parse_args(["--out", "out", *sweep.evaluate]))
+    except ValueError as error:
+        raise ValueError(f"{sweep.name}: evaluate {' '.join(sweep.evaluate)}: {error}") from None
+
+
 def _keep(sweep: Sweep, out: Path) -> None:
     """Writes OUT/sweep.json; a sweep that goes on must hold the same runs, or more."""
     new = {one.folder: [sweep.config, *one.overrides] for one in sweep.runs}
-    path = out / "sweep.json"
-    old = read_json(path) if path.is_file() else {}
+    check_writable(out)
+    path, old = out / "sweep.json", None
+    try:
+        old = read_claim(path)
+    except ValueError:
+        log.warning("%s is damaged; it is written again from what is asked now", path)
+    if old is None and not path.exists():
+        for name in TABLES:
+            if (out / name).exists():
+                raise ValueError(f"{out} holds {name}, which is of no sweep; give another --out")
+    old = old or {}
     for folder, words in old.items():
         if folder in new and new[folder] != words:
             raise ValueError(f"{out} holds {folder} as {words}, now it is {new[folder]}; give "
                              "another --out")  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     write_json(path, {**old, **new})
 
 
@@ -154,7 +173,7 @@ def _run(sweep: Sweep, one: Run, folder: Path, children: set, stopping: threadin
         if code:
             lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
             reason = f"{words[0]} ended with {code}: {lines[-1][-300:] if lines else ''}"
-            (folder / FAILED).write_text(reason + "\n")
+            write_text(folder / FAILED, reason + "\n")
             return f"{one.folder}: {reason}"
         if words is learn and not _trained(sweep, one, folder):
             return f"{one.folder}: training was stopped before its end; the same command goes on"

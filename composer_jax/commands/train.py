@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import shutil
 import signal
@@ -30,6 +31,7 @@ from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import only
 from composer_jax.training.tasks import Task, make_task, open_data, pools_folder
 from composer_jax.utils.atomic import check_writable
+from composer_jax.utils.owned import adopt
 from composer_jax.utils.png import save_png
 from composer_jax.utils.precision import matmul_precision
 
@@ -55,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if is_main():
         tell_keys(config, args.overrides)
-    existed = args.workdir.exists()
+    made = [one for one in (args.workdir, *args.workdir.parents) if not one.exists()]
+    kept = args.workdir / "config.json"
+    claimed = kept.exists()
     try:
         train(config, args.workdir)
     except Interrupted as stopped:
@@ -65,8 +69,13 @@ def run(args: argparse.Namespace) -> int:
     except ValueError:
         # nothing half-written where nothing was; once training has begun, all of it stays
         begun = [*args.workdir.glob("checkpoints/[0-9]*"), *args.workdir.glob("metrics.jsonl")]
-        if is_main() and not existed and not begun:
-            shutil.rmtree(args.workdir, ignore_errors=True)
+        if is_main() and made and not begun:
+            shutil.rmtree(args.workdir, ignore_errors=True)  # which this call has made
+            with contextlib.suppress(OSError):
+                for one in made[1:]:
+                    one.rmdir()
+        if is_main() and not claimed and not begun:
+            kept.unlink(missing_ok=True)
         raise
     if is_main():
         print(f"trained {config.steps} steps; the model is in {args.workdir / 'model'}")
@@ -113,8 +122,9 @@ def _train(config: ConfigDict, workdir: Path) -> Task:
                  config.optimizer.warmup, config.steps)  # fmt: skip
     begun = any((workdir / "checkpoints").glob("[0-9]*")) or (workdir / "model").exists()
     with main_first():
-        if is_main() and begun:
-            check_kept(config, workdir)
+        if is_main():
+            check_kept(config, workdir, begun)
+            check_writable(workdir)
         task = make_task(config, source, workdir)
     loss, optimizer = only(config.trainable, task.loss, optimizer)
 
@@ -150,9 +160,8 @@ def _train(config: ConfigDict, workdir: Path) -> Task:
 
     def begin():
         if is_main():
-            if not begun:  # of a run that ended before its first checkpoint
-                (workdir / "config.json").unlink(missing_ok=True)
-            keep_config(config, workdir)
+            keep_config(config, workdir, begun)
+            adopt(workdir / "model")
 
     about = [config.to_dict(), task.about]
     run_loop(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
-import json
-import os
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,13 @@ import numpy as np
 
 from composer_jax.diffusion import Use
 from composer_jax.evaluation.control import sample_each
-from composer_jax.models.files import read_json
 from composer_jax.sampling.pipeline import Pipeline
-from composer_jax.utils.atomic import write_json
+from composer_jax.utils.atomic import write_bytes
+from composer_jax.utils.claims import Claim
 
+log = logging.getLogger("composer_jax")
 CALL = "evaluation.json"
+MORE = ("control.json", "report.html", "samples")  # what the command writes, too
 PART = 64  # images a file
 EXPERIMENTS = ("alone", "pairs", "conflict", "strength", "windows", "quality")
 FEW = ("pairs", "conflict", "strength", "windows")  # those that are made of the first examples
@@ -97,23 +99,14 @@ def other(i: int, count: int) -> int:
 class Samples:
     """Samples of cells in `folder`, in parts of `PART` images; what is there is not made again.
 
-    `call`: everything that decides what the images are but their numbers, as JSON's types. Raises
-    ValueError, naming what differs, where the folder holds those of another evaluation.
+    `call`: everything that decides what the images are but their numbers, as JSON's types; written
+    with the first part. Raises as `utils.claims.Claim` does, and writes nothing.
     """
 
     def __init__(self, folder: Path, call: Mapping[str, Any]):
         self._folder = folder / "samples"
-        call, path = json.loads(json.dumps(call)), folder / CALL
-        if path.is_file():
-            old = read_json(path)
-            for key in sorted(call.keys() | old.keys()):
-                if call.get(key) != old.get(key):
-                    raise ValueError(
-                        f"{folder} holds an evaluation with {key} {old.get(key)!r}, now it is "
-                        f"{call.get(key)!r}; give another --out"
-                    )
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, call)
+        there = sorted(self._folder.glob("*.npz"))
+        self._claim = Claim(folder, CALL, call, results=there, tag_of=_tag, more=MORE)
 
     def _path(self, cell: Cell, seed: int, start: int) -> Path:
         return self._folder / f"{cell.name} {seed} {start:06d}.npz"
@@ -131,13 +124,11 @@ class Samples:
         parts, count = [], len(stored)
         for start in range(0, count, PART):
             stop, path = min(start + PART, count), self._path(cell, seed, start)
-            if path.is_file():
-                with np.load(path) as file:
-                    kept = file["images"]
-                if len(kept) == stop - start:
-                    parts.append(kept)
-                    progress(stop - start)
-                    continue
+            kept = _read(path)
+            if kept is not None and len(kept) == stop - start:
+                parts.append(kept)
+                progress(stop - start)
+                continue
             rows = [
                 {
                     name: stored[other(i, count) if name in cell.swapped else i][name]
@@ -150,8 +141,33 @@ class Samples:
                     pipe, rows, cell.uses, seed=seed, first=start, progress=progress, **options
                 )
             )
-            new = path.with_suffix(".new")
-            with new.open("wb") as file:
-                np.savez_compressed(file, images=parts[-1])
-            os.replace(new, path)
+            self._claim.write()
+            file = io.BytesIO()
+            np.savez_compressed(file, images=parts[-1], call=np.array(self._claim.tag))
+            write_bytes(path, file.getbuffer(), sync=False)
         return np.concatenate(parts)
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """The images of a part; None where it is not there, or damaged, which is logged."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            images = file["images"]
+        if images.ndim != 4 or images.dtype != np.uint8:
+            raise ValueError(f"{images.dtype} {list(images.shape)} are no images")
+    except Exception as error:  # whatever a broken file makes of itself in there
+        fault = " ".join(str(error).split()) or type(error).__name__
+        log.warning("%s is damaged (%s); it is made again", path, fault)
+        return None
+    return images
+
+
+def _tag(path: Path) -> str | None:
+    """The call that a part says it is of."""
+    try:
+        with np.load(path) as file:
+            return str(file["call"])
+    except Exception:  # whatever a broken file makes of itself in there
+        return None

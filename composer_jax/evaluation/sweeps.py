@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scipy import stats
 
 from composer_jax.evaluation.report import Report
 
+log = logging.getLogger("composer_jax")
 TRAINED, MEASURED, FAILED = "run", "evaluation", "failed.txt"  # in the folder of a run
 
 
@@ -25,7 +27,24 @@ def results(folder: Path) -> dict[str, float]:
     path = folder / MEASURED / "control.json"
     if not path.is_file():
         return {}
-    found = json.loads(path.read_text())
+    try:
+        row = _measured(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s is damaged (%s); the run counts as not measured", path, error)
+        return {}
+    lines = _log_lines(folder / TRAINED / "metrics.jsonl")
+    for key in ("loss", "held_out_loss"):
+        values = [line[key] for line in lines if key in line]
+        if values:
+            row[key.replace("_", " ")] = values[-1]
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    if rates:
+        row["images/s"] = float(np.median(rates))
+    return row
+
+
+def _measured(found: dict) -> dict[str, float]:
+    """Control, as control.json has it."""
     alone = {name: row["normalised"] for name, row in found["control"].items()}
     row = {name: value for name, value in alone.items() if value is not None}
     row["mean"] = float(np.mean(list(row.values()))) if row else float("nan")
@@ -33,13 +52,23 @@ def results(folder: Path) -> dict[str, float]:
     row["all given"] = float(np.mean(every)) if every else float("nan")
     if found["retention"]:
         row["retention"] = float(np.mean(list(found["retention"].values())))
-    log = [json.loads(line) for line in (folder / TRAINED / "metrics.jsonl").open()]
-    for key in ("loss", "held_out_loss"):
-        values = [line[key] for line in log if key in line]
-        if values:
-            row[key.replace("_", " ")] = values[-1]
-    row["images/s"] = float(np.median([r["images_per_second"] for r in log if "loss" in r]))
     return row
+
+
+def _log_lines(path: Path) -> list[dict]:
+    """The lines of a run's log that can be read; what cannot is logged."""
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        log.warning("%s cannot be read: %s", path, error.strerror)
+        return []
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(dict(json.loads(text)))
+        except (ValueError, TypeError):
+            log.warning("%s: line %d is damaged and left out", path, number)
+    return lines
 
 
 def interval(values: Sequence[float]) -> float:

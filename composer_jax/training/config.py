@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import pkgutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from composer_jax.conditions.base import meant
 from composer_jax.training.schema import check_together, check_values
 from composer_jax.utils.atomic import write_json
 from composer_jax.utils.claims import differing, plain, read_claim
+
+log = logging.getLogger("composer_jax")
 
 # what may change when a run goes on; everything else would make it another run
 MAY_CHANGE = (
@@ -42,6 +45,7 @@ MAY_CHANGE = (
     "profile_steps",
     "snapshot_every",
 )
+WRITTEN = ("model", "parts", "samples", "ema", "metrics.jsonl")  # in a run's folder
 STAY = ("optimizer.name", "optimizer.mu_dtype")  # of these: what an optimizer's state is made of
 
 
@@ -215,20 +219,30 @@ def flat(config: ConfigDict, prefix: str = "") -> dict:
     return found
 
 
-def keep_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes `workdir/config.json`; a run that goes on must have the same config.
+def check_kept(config: ConfigDict, workdir: Path, begun: bool = True) -> None:
+    """Raises ValueError where `workdir` cannot go on with this config, and writes nothing.
 
-    Raises ValueError as `check_kept`.
+    A run that has `begun` must have the config that `workdir/config.json` says; the first key that
+    differs is named. `MAY_CHANGE` lists what may, but `STAY`. What a run would write over, in a
+    folder that holds none, is refused, too.
     """
-    check_kept(config, workdir)
-    write_json(workdir / "config.json", flat(config))
-
-
-def check_kept(config: ConfigDict, workdir: Path) -> None:
-    """Raises ValueError, naming the first key, where a run that goes on in `workdir` has another
-    config; `MAY_CHANGE` lists what may differ, but `STAY`."""
-    old, new = read_claim(workdir / "config.json"), plain(flat(config))
+    path, new = workdir / "config.json", plain(flat(config))
+    saved = any((workdir / "checkpoints").glob("[0-9]*"))
+    try:
+        old = read_claim(path, "delete it to go on from the checkpoints" if saved else "")
+    except ValueError:
+        if saved:
+            raise
+        log.warning("%s is damaged; it is written again", path)
+        return
     if old is None:
+        for name in WRITTEN if not saved else ():
+            if (workdir / name).exists():
+                raise ValueError(f"{workdir} holds {name}, of no run; give another --workdir")
+        return
+    if "optimizer.name" not in old:
+        raise ValueError(f"{path} is of something else than a run; give another --workdir")
+    if not begun:  # it ended before its first checkpoint
         return
     old = plain(flat(defaults())) | old  # which may be older than a key
     key = differing(old, new, lambda key: key.split(".")[0] in MAY_CHANGE and key not in STAY)
@@ -237,3 +251,9 @@ def check_kept(config: ConfigDict, workdir: Path) -> None:
             f"{workdir} holds a run with {key} = {old.get(key)!r}, the config says "
             f"{new.get(key)!r}; give another --workdir or the same config"
         )
+
+
+def keep_config(config: ConfigDict, workdir: Path, begun: bool = True) -> None:
+    """Writes `workdir/config.json`; raises ValueError as `check_kept`, `WriteError`."""
+    check_kept(config, workdir, begun)
+    write_json(workdir / "config.json", flat(config))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from composer_jax.training.cluster import is_main
 from composer_jax.training.hardware import chip_of
+from composer_jax.utils.atomic import write_text, writing
 
 log = logging.getLogger("composer_jax")
 
@@ -96,7 +97,7 @@ class Log:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a line of its own, unless there is nothing to write."""
         if values and is_main():
-            with self._path.open("a") as file:
+            with writing(self._path), self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -119,6 +120,4 @@ def _cut_back(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:  # a line half-written when the run died
             continue
-    new = path.with_suffix(".new")
-    new.write_text("".join(kept))
-    new.replace(path)
+    write_text(path, "".join(kept))

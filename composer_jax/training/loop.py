@@ -25,6 +25,7 @@ from composer_jax.training.log import Log, NonFinite
 from composer_jax.training.sharding import make_mesh, shard_tree, to_devices
 from composer_jax.training.state import TrainState, abstract_state, start_state
 from composer_jax.training.step import Loss, jit_step
+from composer_jax.utils.atomic import new_file
 from composer_jax.utils.seeds import seed_words
 
 log = logging.getLogger("composer_jax")
@@ -161,7 +162,8 @@ def _failures_explained(batch: Callable[[int], dict], workdir: Path) -> Iterator
     except NonFinite as error:
         path = workdir / f"nonfinite-{error.step}-{jax.process_index()}.npz"
         flat, _ = jax.tree_util.tree_flatten_with_path(batch(error.step - 1))
-        np.savez(path, **{dotted(name): array for name, array in flat})
+        with new_file(path) as new, new.open("wb") as file:
+            np.savez(file, **{dotted(name): array for name, array in flat})
         raise FloatingPointError(f"{error}; the batch is in {path}") from error
     except RuntimeError as error:  # of XLA's collectives
         if jax.process_count() == 1:

@@ -12,11 +12,11 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from composer_jax.utils.atomic import new_folder, write_json
+from composer_jax.utils.atomic import new_folder, write_bytes, write_json
 
 log = logging.getLogger("composer_jax")
 MANIFEST = "composer-files.json"
@@ -66,6 +66,35 @@ def check_ours(path: Path, files: Iterable[str] | None = None) -> None:
             f"{path} holds {', '.join(others[:SHOWN])}{more}, which composer did not write or "
             "which has changed since; it stays as it is: give another folder, or move it away"
         )
+
+
+def adopt(folder: Path) -> None:
+    """Lists all that is in a folder that we wrote before there were lists."""
+    if folder.is_dir() and not (folder / MANIFEST).exists():
+        record(folder)
+
+
+def check_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Raises ValueError where `write_files` would."""
+    names = [name for name, content in contents.items() if not _holds(folder / name, content)]
+    check_ours(folder, names)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files by their name in `folder`, each whole or not at all, and lists them.
+
+    What is there with the same content stays. Raises ValueError, before anything is written, where
+    a file is there that we did not write, `WriteError` where the system refuses.
+    """
+    check_files(folder, contents)
+    for name, content in contents.items():
+        if not _holds(folder / name, content):
+            write_bytes(folder / name, content, sync=False)
+    record(folder, [folder / name for name in contents])
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
 
 
 def check_apart(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:

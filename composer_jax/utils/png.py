@@ -20,12 +20,17 @@ def save_png(path: Path, image: np.ndarray, tag: str = "") -> None:
 
     Raises `WriteError` where the system refuses.
     """
+    write_bytes(path, png_bytes(image, tag), sync=False)
+
+
+def png_bytes(image: np.ndarray, tag: str = "") -> bytes:
+    """The content of the file that `save_png` writes."""
     text = PngImagePlugin.PngInfo()
     if tag:
         text.add_text(KEY, tag)
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", pnginfo=text)
-    write_bytes(path, file.getbuffer(), sync=False)
+    return file.getvalue()
 
 
 def png_fault(path: Path) -> str | None:

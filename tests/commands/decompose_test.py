@@ -7,7 +7,7 @@ from PIL import Image
 
 from composer_jax import conditions
 from composer_jax.cli import main
-from composer_jax.commands.decompose import decompose, write_stored
+from composer_jax.commands.decompose import decompose, stored_files
 from composer_jax.data.sources import open_source
 from composer_jax.data.tools import load_tools
 from composer_jax.models.dpt import DPT, DPTConfig, Preprocess
@@ -15,6 +15,8 @@ from composer_jax.models.files import module_tensors, write_tensors
 from composer_jax.models.initializers import described, initialised
 from composer_jax.storage.models import BUNDLED
 from composer_jax.utils.atomic import write_json
+from composer_jax.utils.owned import write_files
+from tests.disks import file_limit
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def written(tmp_path_factory, tools):
     stored = decompose(batch["image"][0], given=given, tools=tools)
     assert set(stored) == set(conditions.names())
     folder = tmp_path_factory.mktemp("written")
-    write_stored(folder, stored)
+    write_files(folder, stored_files(stored))
     return folder, stored
 
 
@@ -162,3 +164,45 @@ def test_a_map_of_distance_is_inverted_by_a_switch(written, run, tmp_path, capsy
     assert images[0] == images[1]
     assert main([*map(str, [*words, "--depth.invert", "--out", tmp_path / "no"])]) == 2
     assert "--depth.invert is for --depth" in capsys.readouterr().err
+
+
+def tree(folder) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def grey(path):
+    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a/palette.png", "a/palette.npy", "contact_sheet.png"])
+def test_nothing_that_others_wrote_is_written_over(tmp_path, capsys, name):
+    words = ["decompose", grey(tmp_path / "a.png"), "--only", "palette,sketch", "--out"]
+    out = tmp_path / "out"
+    assert main([*words, str(out)]) == 0
+    assert main([*words, str(out), "--only", "palette"]) == 0  # ours
+    (out / name).write_text("mine")
+    before = tree(tmp_path)
+    assert main([*words, str(out)]) == 2
+    assert f"out holds {name}, which composer did not write" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_a_sheet_that_is_taken_apart_is_not_written_over(tmp_path, capsys):
+    words = ["decompose", "--only", "palette", "--out", str(tmp_path)]
+    assert main([*words, grey(tmp_path / "a.png")]) == 0
+    before = tree(tmp_path)
+    assert main([*words, str(tmp_path / "contact_sheet.png")]) == 2
+    assert "contact_sheet.png is what is read" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", [0, 150, 400])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, capsys, size):
+    words = ["decompose", grey(tmp_path / "a.png"), "--only", "palette", "--out"]
+    with file_limit(size):
+        assert main([*words, str(tmp_path / "b/out")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{tmp_path}/b/out/" in error and "file system" in error
+    assert main([*words, str(tmp_path / "b/out")]) == 0

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,42 @@ def test_what_is_done_is_not_done_again(swept, capsys, monkeypatch):
     assert "1 of 2 runs are done" in capsys.readouterr().out
     assert main([*words, "--config.batch=4"]) == 2
     assert "another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["control.json", "metrics.jsonl", "sweep.json"])
+def test_damaged_files_are_named_and_do_not_end_it(swept, tmp_path, capsys, caplog, name):
+    folder, words, _ = swept
+    out = shutil.copytree(folder / "out", tmp_path / "out")
+    path = next(out.rglob(name))
+    path.write_text(path.read_text()[:-5])
+    assert main([*words[:-1], str(out), "--table"]) in (0, 1)
+    done = 0 if name == "control.json" else 1
+    assert f"{done} of 2 runs are done" in capsys.readouterr().out
+    assert f"{path}" in caplog.text and "damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ('"--steps", "0"', "steps is 0"),
+        ('"--experiments", "pair"', "did you mean 'pairs'?"),
+        ('"--cuont", "2"', "--cuont"),
+    ],
+)
+def test_words_for_evaluate_are_checked_before_the_first_run(tmp_path, capsys, words, said):
+    (tmp_path / "mine.py").write_text(FILE.replace('"--steps", 1', words))
+    call = ["sweep", "--config", str(tmp_path / "mine.py"), "--out", str(tmp_path / "out")]
+    assert main(call) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_others_wrote_is_not_written_over(swept, tmp_path, capsys):
+    _, words, _ = swept
+    (tmp_path / "table.csv").write_text("mine")
+    assert main([*words[:-1], str(tmp_path)]) == 2
+    assert "holds table.csv, which is of no sweep" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
 def test_processes_share_the_runs(swept, capsys, monkeypatch):

@@ -8,7 +8,9 @@ import pytest
 
 from composer_jax.models.unet import UNetConfig
 from composer_jax.training.composer import chance_of
-from composer_jax.training.config import keep_config, load_config
+from composer_jax.training.config import check_kept, keep_config, load_config
+from composer_jax.utils.atomic import WriteError
+from tests.disks import file_limit
 
 pytestmark = pytest.mark.fast
 
@@ -102,3 +104,33 @@ def test_maps_may_be_kept_less_often_than_the_rest():
         chances("keep_each.captoin=0.5")
     with pytest.raises(ValueError, match=r"keep_maps is 1\.5; a number from 0 to 1, or None"):
         chances("keep_maps=1.5")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"steps": 4'])
+def test_a_damaged_config_is_written_again_unless_a_run_has_begun(tmp_path, content, caplog):
+    config = load_config("scenes64:smoke")
+    (tmp_path / "config.json").write_text(content)
+    check_kept(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == content
+    keep_config(config, tmp_path)
+    assert "config.json is damaged; it is written again" in caplog.text
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == config.steps
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "checkpoints/4").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"config.json is damaged.*delete it to go on from"):
+        keep_config(config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model", "parts", "samples", "ema", "metrics.jsonl"])
+def test_what_others_wrote_is_refused_as_a_workdir(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {name}, of no run"):
+        check_kept(load_config("scenes64:smoke"), tmp_path)
+
+
+def test_a_full_disk_leaves_no_half_config(tmp_path):
+    config = load_config("scenes64:smoke")
+    with file_limit(100), pytest.raises(WriteError, match=r"run/config.json cannot be written"):
+        keep_config(config, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+    keep_config(config, tmp_path / "run")
