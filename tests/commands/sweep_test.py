@@ -76,7 +76,7 @@ def test_damaged_files_are_named_and_do_not_end_it(swept, tmp_path, capsys, capl
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ('"--steps", "0"', "steps is 0"),
+        ('"--steps", "0"', "--steps: the value is 0"),
         ('"--experiments", "pair"', "did you mean 'pairs'?"),
         ('"--cuont", "2"', "--cuont"),
     ],
