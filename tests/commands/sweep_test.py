@@ -82,7 +82,7 @@ def test_damaged_files_are_named_and_do_not_end_it(swept, tmp_path, capsys, capl
     ],
 )
 def test_words_for_evaluate_are_checked_before_the_first_run(tmp_path, capsys, words, said):
-    (tmp_path / "mine.py").write_text(FILE.replace('"--steps", 1', words))
+    (tmp_path / "mine.py").write_text(FILE.replace('"--steps", 1, "--experiments", ""', words))
     call = ["sweep", "--config", str(tmp_path / "mine.py"), "--out", str(tmp_path / "out")]
     assert main(call) == 2
     assert said in capsys.readouterr().err
