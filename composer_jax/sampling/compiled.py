@@ -17,14 +17,20 @@ from typing import Any
 import jax
 
 from composer_jax.storage.programs import (
+    kept_program,
     kept_programs,
-    open_program,
     program_name,
     write_program,
 )
 from composer_jax.utils.precision import current_precision
 
-ROOMS = ("conditions", "diffusion", "models", "sampling")  # whose code a program is made of
+ROOMS = (
+    "conditions",
+    "diffusion",
+    "models",
+    "sampling",
+    "utils",
+)  # whose code a program is made of
 
 
 class Programs:
@@ -57,8 +63,9 @@ class Programs:
             found = next((path for path in paths if path.is_file()), None)
             if not (found or self._keep):
                 return self._traced(kind, weights, inputs)
-            path = found or self.export(self._keep, kind, weights, inputs)
-            self._opened[sizes] = jax.jit(open_program(path))
+            traced = jax.jit(functools.partial(self._traced, kind))
+            path = found or self._keep / name
+            self._opened[sizes] = jax.jit(kept_program(path, traced, weights, inputs))
         return self._opened[sizes](weights, inputs)
 
     def count(self) -> int:

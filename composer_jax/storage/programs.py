@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +19,10 @@ import jax
 from jax import export
 
 import composer_jax
-from composer_jax.utils.atomic import write_bytes
+from composer_jax.utils.atomic import WriteError, write_bytes
 from composer_jax.utils.precision import current_precision
+
+log = logging.getLogger("composer_jax")
 
 SUFFIX = ".stablehlo"
 TRACED = ("flax", "jax", "optax")  # packages whose code is traced, too
@@ -49,8 +52,30 @@ def program_name(rooms: Sequence[str], about: Any, inputs: Any) -> str:
 
 
 def open_program(path: Path) -> Callable:
-    """The function of a file, to be called under `jax.jit`."""
-    return export.deserialize(bytearray(path.read_bytes())).call
+    """The function of a file, to be called under `jax.jit`; raises ValueError for a damaged one."""
+    content = bytearray(path.read_bytes())
+    try:
+        return export.deserialize(content).call
+    except Exception as error:  # struct's, of a file that is cut
+        raise ValueError(f"program {path} is damaged") from error
+
+
+def kept_program(path: Path, jitted: Callable, *inputs: Any) -> Callable:
+    """The function of a file, which is traced and written where it is missing or damaged.
+
+    One that cannot be written (a full disk) is said in the log, and runs all the same.
+    """
+    if path.is_file():
+        try:
+            return open_program(path)
+        except (ValueError, OSError) as error:
+            log.warning("%s; it is traced anew", error)
+    traced = export.export(jitted)(*inputs)
+    try:
+        write_bytes(path, traced.serialize())
+    except WriteError as error:
+        log.warning("%s; it will be traced again at the next start", error)
+    return traced.call
 
 
 def write_program(path: Path, jitted: Callable, *inputs: Any) -> None:

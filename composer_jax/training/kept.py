@@ -8,14 +8,13 @@ from typing import Any
 import jax
 
 from composer_jax.storage.programs import (
+    kept_program,
     kept_programs,
-    open_program,
     program_name,
-    write_program,
 )
 from composer_jax.training.state import TrainState
 
-ROOMS = ("conditions", "diffusion", "models", "training")  # whose code a step is made of
+ROOMS = ("conditions", "diffusion", "models", "training", "utils")  # whose code a step is made of
 
 
 def compile_step(
@@ -46,10 +45,9 @@ def compile_step(
     trees = [str(tree), str(batch_tree), str(places)]
     inputs = state_leaves, batch_leaves, seed
     path = keep / program_name(ROOMS, [about, trees], inputs)
-    if not path.is_file():
-        write_program(path, jax.jit(flat, in_shardings=(*places, None)), *inputs)
+    kept = kept_program(path, jax.jit(flat, in_shardings=(*places, None)), *inputs)
     outputs = places[0], None
-    again = jax.jit(open_program(path), donate_argnums=0, out_shardings=outputs)
+    again = jax.jit(kept, donate_argnums=0, out_shardings=outputs)
     compiled = again.lower(*inputs).compile(options)
 
     def step(state, batch, seed):

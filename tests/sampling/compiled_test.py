@@ -52,6 +52,26 @@ def test_what_runs_is_kept_where_there_is_a_cache(one_device, tmp_path):
     assert len(traced) == 1
 
 
+def test_a_damaged_program_is_made_again(one_device, tmp_path, caplog):
+    keep = tmp_path / "cache"
+    programs(tmp_path / "none", keep=keep)(KIND, WEIGHTS, INPUTS)
+    (path,) = keep.iterdir()
+    whole = path.read_bytes()
+    for size in (0, 100, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        found = programs(tmp_path / "none", keep=keep)(KIND, WEIGHTS, INPUTS)
+        np.testing.assert_allclose(found["y"], 6.0)
+        assert programs_kept.open_program(path) and f"{path.name} is damaged" in caplog.text
+        caplog.clear()
+
+
+def test_a_program_that_cannot_be_kept_runs_and_it_is_said(one_device, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    made = programs(tmp_path / "none", keep=tmp_path / "file" / "cache")
+    np.testing.assert_allclose(made(KIND, WEIGHTS, INPUTS)["y"], 6.0)
+    assert "cannot be written" in caplog.text and "traced again" in caplog.text
+
+
 def test_without_either_it_is_traced(one_device, tmp_path):
     traced = []
     made = programs(tmp_path / "none", traced=traced)
