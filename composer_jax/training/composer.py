@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from composer_jax.diffusion.process import BETAS, MEANING, Process
 from composer_jax.models.composer import Composer, ComposerConfig, Constant, silence
 from composer_jax.models.files import Tensor
 from composer_jax.models.initializers import described, drawn
-from composer_jax.models.pretrained import open_unet
+from composer_jax.models.pretrained import left_out, open_unet
 from composer_jax.models.unet import UNetConfig
 from composer_jax.models.vae import VAEConfig
 from composer_jax.storage.models import find_model
@@ -103,9 +104,12 @@ def chance_of(config, name: str) -> float:
 
 def check_start(config) -> None:
     """Raises ValueError where `config.init_from` is no UNet or composer that can be started from,
-    before anything costly is done."""
+    before anything costly is done; says what of its source is left out."""
     if config.init_from and not find_model(config.init_from):
         open_unet(config.init_from)
+        source = Path(config.init_from)
+        if source.exists() and (rest := left_out(source)):
+            log.info("init_from takes the UNet of %s; left out: %s", source, rest)
 
 
 def _start(

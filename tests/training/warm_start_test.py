@@ -1,6 +1,8 @@
 """Warm start: the composer is the UNet it was built around, until something new is trained."""
 
+import logging
 import re
+import shutil
 from dataclasses import replace
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from composer_jax import conditions
 from composer_jax.cli import main
@@ -17,9 +20,11 @@ from composer_jax.models.files import Tensor, module_tensors, open_tensors
 from composer_jax.models.initializers import described, initialised
 from composer_jax.models.pretrained import open_unet
 from composer_jax.models.unet import UNet, UNetConfig
+from composer_jax.training.composer import check_start
 from composer_jax.training.config import load_config
 from composer_jax.training.tasks import make_task, open_data
 from composer_jax.training.warm_start import around, start_from
+from composer_jax.utils.atomic import write_json
 from tests.small import POOLS, small_config
 
 
@@ -46,6 +51,19 @@ def started(sd):
         silence(composer, name)
     nnx.update(composer, start_from(nnx.state(composer, nnx.Param), around(open_unet(sd), config)))
     return initialised(composer, 0)
+
+
+def test_what_a_start_leaves_out_is_said(sd, tmp_path, caplog):
+    source = shutil.copytree(sd, tmp_path / "sd")
+    entries = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    for more, told in (({}, []), ({"text_encoder": ["transformers", "CLIPTextModel"]}, ["text"])):
+        caplog.clear()
+        write_json(source / "model_index.json", entries | more)
+        with caplog.at_level(logging.INFO, "composer_jax"):
+            check_start(ConfigDict({"init_from": str(source)}))
+        lines = [line for line in caplog.messages if "left out" in line]
+        assert len(lines) == len(told)
+        assert all(word in line for word, line in zip(told, lines, strict=True))
 
 
 def values_of(config: ComposerConfig, batch: int) -> dict:
