@@ -113,7 +113,10 @@ def expression(value: Any) -> bool:
 def maybe(allowed: Allowed) -> Allowed:
     """The same, or None."""
     return Allowed(
-        f"{allowed.wanted}, or None,", lambda value: value is None or allowed.holds(value)
+        f"{allowed.wanted}, or None,",
+        lambda value: value is None or allowed.holds(value),
+        lambda text: None if text == "None" else allowed.read(text),
+        allowed.choices,
     )
 
 

@@ -92,3 +92,15 @@ def test_a_wrong_value_is_named_before_the_work(words, says, tmp_path, capsys):
     assert main([word.replace("OUT", str(out)) for word in words.split()]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "compile"])
+def test_every_setting_is_read_from_the_command_line(command):
+    given = {"steps": "2", "batch": "1", "eta": "0.5", "solver": "ddim"}
+    read = {"steps": 2, "batch": 1, "eta": 0.5, "solver": "ddim"}
+    found = {
+        action.dest: parser._get_value(action, given[action.dest])
+        for parser, action in options(command)
+        if action.dest in given
+    }
+    assert found == read
