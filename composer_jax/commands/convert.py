@@ -17,7 +17,7 @@ from tqdm import tqdm
 from composer_jax.commands import arguments
 from composer_jax.commands.unused import tell
 from composer_jax.models import foreign
-from composer_jax.models.caption_only import open_caption_unet
+from composer_jax.models.caption_only import NoCounterpart, open_caption_unet
 from composer_jax.models.clip import open_clip, open_text_encoder
 from composer_jax.models.dpt_files import is_dpt, open_dpt
 from composer_jax.models.files import (
@@ -109,7 +109,13 @@ def run(args: argparse.Namespace) -> None:
     where = args.source if is_hub_name(args.source) else source
     composer = find_model(source) if source.is_dir() else None
     if composer and args.to == "diffusers" and args.only != "vae":
-        outputs, said = _pipeline(composer, args.only, args.prediction)
+        try:
+            outputs, said = _pipeline(composer, args.only, args.prediction)
+        except NoCounterpart as reason:
+            if args.only != "unet":
+                raise
+            outputs, _ = _networks(source, where, args)
+            said = f": the composer's whole UNet, for which diffusers has no pipeline ({reason})"
     else:
         outputs, said = _networks(source, where, args)
     if not outputs:
@@ -214,14 +220,14 @@ def _pipeline(folder: Path, only: str | None, prediction: str | None) -> tuple[l
     if prediction not in (None, trained):
         raise ValueError(f"--prediction is {prediction}; {folder} was trained for {trained}")
     if schedule != "sd":
-        raise ValueError(
+        raise NoCounterpart(
             f"{folder} was trained on the {schedule} schedule, which diffusers has no Stable "
-            "Diffusion with; --only vae takes its codec"
+            "Diffusion with; --only unet and --only vae take its networks"
         )
     vae, info = open_network(folder, "vae"), read_json(folder / "model.json")
     outputs = [one for found in ([unet] if only else [unet, vae]) for one in _for_diffusers(found)]
     if "latents_mean" in vae.kind.to_diffusers(vae.config):
-        raise ValueError(
+        raise NoCounterpart(
             f"{folder}: its codec's latents have a mean and a deviation for each channel, which "
             "diffusers' Stable Diffusion does not apply"
         )

@@ -54,7 +54,7 @@ def load_depth_tool(where: str) -> Callable[[np.ndarray], np.ndarray]:
         return load_dpt(where).tool()
     folder = find_part(where, "depth")
     values = read_json(member(folder, "config.json"))
-    if is_dpt(values):
+    if is_dpt(values) or "model_type" in values:  # of transformers: it says which it reads
         return load_dpt(folder).tool()
     if "widths" not in values:
         raise ValueError(

@@ -22,6 +22,10 @@ from composer_jax.models.pretrained import KINDS, Pretrained
 CAPTION, WORDS = "caption", "caption_tokens"
 
 
+class NoCounterpart(ValueError):
+    """A composer that no pipeline of diffusers computes, with the reason."""
+
+
 def open_caption_unet(folder: Path) -> tuple[Pretrained, Mapping[str, Tensor], tuple[str, ...]]:
     """The UNet of a model directory's composer for captions alone, unread; the projection that the
     words go through ("kernel", "bias"), {} for none; and the conditions that are left out.
@@ -39,11 +43,11 @@ def open_caption_unet(folder: Path) -> tuple[Pretrained, Mapping[str, Tensor], t
         raise ValueError(f"{folder / 'model.json'} is broken: {error!r}") from error
     latent = config.unet.in_channels - config.local_channels
     if CAPTION not in config.conditions or CAPTION not in info.get("absent", {}):
-        raise ValueError(
+        raise NoCounterpart(
             f"{folder} is a composer without a caption; a text-to-image UNet needs one"
         )
     if config.unet.patch != 1:
-        raise ValueError(f"a UNet with patch {config.unet.patch} has no counterpart in diffusers")
+        raise NoCounterpart(f"a UNet of patch {config.unet.patch} has no counterpart in diffusers")
     every = open_tensors(path)
     tensors = {n.removeprefix("unet."): t for n, t in every.items() if n.startswith("unet.")}
     kernel = tensors["conv_in.kernel"]
@@ -63,10 +67,10 @@ def _constant(tensors: Mapping[str, Tensor], folder: Path) -> Tensor:
     """What the caption's vector adds to the timestep embedding, whatever the vector."""
     last = "embeddings.caption_vector.linear_2"
     if np.any(tensors[f"{last}.kernel"].read()):
-        raise ValueError(
+        raise NoCounterpart(
             f"{folder}: the caption's sentence vector joins the timestep embedding, for which "
             "diffusers' Stable Diffusion has no input; a composer with model.vectors=tokens "
-            "goes there (--only vae takes its codec)"
+            "goes there (--only unet and --only vae take its networks)"
         )
     return tensors[f"{last}.bias"]
 

@@ -78,7 +78,7 @@ ALONE = {
     "compile": f"--out --rows --values --guide {PROGRAM}",
     "decompose": "--out --only",
     "quickstart": "--out --config",
-    "prepare": "--out --config --shard-size",
+    "prepare": "--out --config --shard-size --verify",
     "train": "--config --workdir",
     "ema": "--length --step --out",
     "plan": "--config --topology --batch --json",

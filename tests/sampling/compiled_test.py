@@ -115,7 +115,7 @@ def test_sampling_by_what_compile_wrote(run, tmp_path):
     assert len(list(kept.iterdir())) == 1
     composer(*sample, tmp_path / "b")
     composer("compile", *given, "--out", tmp_path / "programs")
-    assert {path.name for path in (tmp_path / "programs").iterdir()} == {
+    assert {path.name for path in (tmp_path / "programs").glob("*.stablehlo")} == {
         path.name for path in kept.iterdir()
     }
     images = [(tmp_path / out / "0000.png").read_bytes() for out in ("a", "b")]

@@ -161,6 +161,7 @@ def test_inversion_comes_back(pipe, scene):
     assert error < 1e-4 * np.var(pipe.encode(images))
 
 
+@pytest.mark.optimised  # bits
 def test_previews(pipe):
     seen = []
     look = lambda index, images: seen.append((index, images.shape))  # noqa: E731
