@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _batch(text: str) -> int | str:
-    return text if text == "auto" else arguments.value(BATCH)(text)
+    wanted = replace(BATCH, wanted=f"{BATCH.wanted}, or auto,")
+    return text if text == "auto" else arguments.value(wanted)(text)
 
 
 def run(args: argparse.Namespace) -> None:

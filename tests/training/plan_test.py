@@ -178,7 +178,7 @@ def test_a_batch_in_which_nothing_is_stored_is_traced():
         (["--topology", "tpu7x:4x4"], "tpu7x comes in 3 dimensions"),
         (["--topology", "v7x:2x2x1"], "there are v4, v5e, v5p, v6e, tpu7x, or 'here'"),
         (["--topology", "v5p:4x4"], "v5p comes in 3 dimensions, for example v5p:2x2x1"),
-        (["--topology", "here", "--batch", "many"], "a number of examples, or auto"),
+        (["--topology", "here", "--batch", "many"], "from 1 to 1048576, or auto, is wanted"),
         (["--topology", "here", "--batch", "9"], "no multiple of the 8 parts"),
         (["--topology", "here", "--batch", "auto"], "the memory of 'cpu' is not known"),
         (["--topology", "here", "--config.remat=block"], "did you mean 'blocks'"),
