@@ -19,7 +19,7 @@ from composer_jax.data.captions import altered
 from composer_jax.data.extractors import load_extractors
 from composer_jax.data.order import ORDER
 from composer_jax.data.pipeline import batches
-from composer_jax.data.prepare import fingerprint, prepare
+from composer_jax.data.prepare import Encoders, fingerprint, prepare
 from composer_jax.data.scenes import EXCLUSIVE, Scenes
 from composer_jax.data.sources import Source, open_source
 from composer_jax.data.stream import Caches, is_cache
