@@ -47,7 +47,9 @@ def open_caption_unet(folder: Path) -> tuple[Pretrained, Mapping[str, Tensor], t
             f"{folder} is a composer without a caption; a text-to-image UNet needs one"
         )
     if config.unet.patch != 1:
-        raise NoCounterpart(f"a UNet of patch {config.unet.patch} has no counterpart in diffusers")
+        raise NoCounterpart(
+            f"a UNet with patch {config.unet.patch} has no counterpart in diffusers"
+        )
     every = open_tensors(path)
     tensors = {n.removeprefix("unet."): t for n, t in every.items() if n.startswith("unet.")}
     kernel = tensors["conv_in.kernel"]
