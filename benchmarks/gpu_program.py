@@ -54,10 +54,8 @@ def main() -> None:
     parser.add_argument("--keep", metavar="FILE", help="write the HLO there")
     args = parser.parse_args()
     assume_hopper()
-    topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
-    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     start = time.perf_counter()
-    compiled = lowered(args, device).compile()
+    compiled = lowered(args, described()).compile()
     print(f"compiled in {time.perf_counter() - start:.0f} s")
     memory = compiled.memory_analysis()
     print(f"memory: weights and inputs {memory.argument_size_in_bytes / 2**30:.2f} GiB, "
@@ -74,6 +72,12 @@ def assume_hopper() -> None:
     from jax._src.cudnn import fused_attention_stablehlo
 
     fused_attention_stablehlo.check_compute_capability = lambda capability: True
+
+
+def described():
+    """The H100 as the place of a program's arguments."""
+    topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
 
 
 def lowered(args, device):
