@@ -49,8 +49,9 @@ def take_turns(batch: int, turns: int) -> None:
         times = [{name: timed(run) for name, run in compiled.items()} for _ in range(turns)]
         medians = [1e3 * statistics.median(turn[name] for turn in times) for name in WAYS]
         ratios = [turn["exact"] / turn["E[x^2] - E[x]^2"] for turn in times]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         print(f"{what}: {medians[0]:.0f} ms, exact {medians[1]:.0f} ms; ratio "
-              f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+              f"{statistics.median(ratios):.3f} ({spread})")  # fmt: skip
 
 
 def ways():
