@@ -30,7 +30,7 @@ def to_srgb(image):
     from PIL import ImageCms
 
     if image.mode == "LAB":
-        return ImageCms.applyTransform(image, _from_lab())
+        return image.convert("RGB")
     rgba = image.convert("RGBA") if image.has_transparency_data else None
     if image.mode in ("1", "L", "LA", "La"):
         colour = image.convert("L")
@@ -61,19 +61,6 @@ def _srgb():
     return ImageCms.createProfile("sRGB")
 
 
-@lru_cache(1)
-def _from_lab():
-    from PIL import ImageCms
-
-    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), _srgb(), "LAB", "RGB", _intent())
-
-
-def _intent():
-    from PIL import ImageCms
-
-    return ImageCms.Intent.RELATIVE_COLORIMETRIC
-
-
 @lru_cache(64)
 def _transform(profile: bytes, mode: str):
     """From a profile, for images of that mode, to sRGB; None where it counts as none."""
@@ -85,7 +72,8 @@ def _transform(profile: bytes, mode: str):
         if about.xcolor_space != SPACES[mode] or about.device_class not in CLASSES:
             return None
         flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-        made = ImageCms.buildTransform(source, _srgb(), mode, "RGB", _intent(), flags)
+        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        made = ImageCms.buildTransform(source, _srgb(), mode, "RGB", intent, flags)
     except (OSError, ValueError, TypeError, ImageCms.PyCMSError):  # broken
         return None
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)

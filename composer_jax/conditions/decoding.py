@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def decode(file, path: str, finish: Callable[[Any, np.ndarray | None], np.ndarra
             _check_size(path, image.width * image.height, f"{image.width} x {image.height} px")
             layout = _layout(image, path)
             image.load()
-            deep = _deep(image, layout, file)
+            deep = _deep(image, layout, file, path)
             return finish(image if deep is not None else ImageOps.exif_transpose(image), deep)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
@@ -73,10 +74,11 @@ def _layout(image, path: str) -> str:
     return words[0] if words else ""
 
 
-def _deep(image, layout: str, file) -> np.ndarray | None:
+def _deep(image, layout: str, file, path: str) -> np.ndarray | None:
     """The numbers of an image that has no 8 bits a channel, turned as EXIF says; else None.
 
-    Of 16 bits in colour Pillow keeps the upper 8, so OpenCV reads them.
+    Of 16 bits in colour Pillow keeps the upper 8, or rounds them and turns white into black
+    (JPEG 2000), so OpenCV reads them.
     """
     from PIL import ImageOps
 
@@ -88,17 +90,33 @@ def _deep(image, layout: str, file) -> np.ndarray | None:
         if not isinstance(clear, int):
             return values
         return np.stack([values, np.where(values == clear, 0, 65535).astype(values.dtype)], axis=-1)
-    if ";16" not in layout or image.mode not in ("RGB", "RGBA"):
+    jpeg2000 = image.format == "JPEG2000"
+    if not (jpeg2000 or ";16" in layout) or image.mode not in ("RGB", "RGBA", "LA"):
+        return None
+    content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+    bits = _bits_of_jpeg2000(content) if jpeg2000 else 16
+    if bits <= 8:
         return None
     import cv2
 
-    content = file.getbuffer() if isinstance(file, io.BytesIO) else np.fromfile(file, np.uint8)
     deep = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if deep is None or deep.ndim != 3 or deep.dtype != np.uint16 or deep.shape[2] < 3:
+        if jpeg2000:
+            raise ValueError(f"{path} holds {bits} bits in a layout that cannot be read; save it "
+                             "as plain RGB or RGBA, or with 8 bits")  # fmt: skip
         return None
+    if bits < 16:
+        deep = np.rint(deep * (65535.0 / (2**bits - 1))).clip(0, 65535).astype(np.uint16)
     alpha = deep.shape[2] == 4 and image.has_transparency_data
     deep = deep[..., [2, 1, 0, 3][: 3 + alpha]]
     if layout.startswith("RGBa"):  # colours were multiplied by alpha
         colour = deep[..., :3] * 65535.0 / np.maximum(deep[..., 3:], 1)
         deep[..., :3] = np.rint(colour).clip(0, 65535)
     return TURNS.get(image.getexif().get(ORIENTATION), TURNS[1])(deep)
+
+
+def _bits_of_jpeg2000(content: bytes) -> int:
+    """Bits of the deepest channel, from the codestream's SIZ segment (ISO/IEC 15444-1, A.5.1)."""
+    start = content.find(b"\xff\x4f\xff\x51") + 4  # behind the markers SOC and SIZ
+    count = int.from_bytes(content[start + 36 : start + 38], "big")
+    return max(((byte & 127) + 1 for byte in content[start + 38 :: 3][:count]), default=8)

@@ -1,6 +1,7 @@
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from composer_jax.conditions.image import (
+    decode_image,
     fit_map,
     fit_photo,
     fit_region,
@@ -16,6 +18,7 @@ from composer_jax.conditions.image import (
     load_numbers,
     load_region,
     load_rgba,
+    on_white,
 )
 from tests.png import png
 
@@ -72,6 +75,27 @@ def test_16_bits_are_rounded_not_cut(tmp_path, channels):
     if channels in (1, 3):
         save_tiff(tmp_path / "deep.tif", deep, **tags)
         np.testing.assert_array_equal(load_image(tmp_path / "deep.tif"), grey)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_white_in_a_deep_jpeg_2000_is_white(tmp_path, bits, channels):
+    """Pillow 13 rounds without clipping, so that the highest half level is 0."""
+    deep = np.linspace(0, 2**bits - 1, 32 * 32 * channels).reshape(32, 32, channels)
+    deep = deep.round().astype(np.uint16)
+    deep[-1] = 2**bits - 1
+    # a file of 12 bits is one of 16 around the same middle, with another precision in its header
+    content = cv2.imencode(".jp2", deep + (32768 - 2 ** (bits - 1)))[1].tobytes()
+    start = content.index(b"\xff\x4f\xff\x51") + 42
+    precisions = bytes([bits - 1, 1, 1] * channels)
+    content = content[:start] + precisions + content[start + len(precisions) :]
+    (tmp_path / "deep.jp2").write_bytes(content)
+    wanted = np.rint(deep * (255 / (2**bits - 1))).astype(np.uint8)[..., [2, 1, 0, 3][:channels]]
+    np.testing.assert_array_equal(load_rgba(tmp_path / "deep.jp2"), wanted)
+    np.testing.assert_array_equal(decode_image(content, "tar/deep.jp2"), on_white(wanted))
+    image = Image.fromarray(picture(32, 32, channels))
+    image.save(tmp_path / "plain.jp2")
+    np.testing.assert_array_equal(load_rgba(tmp_path / "plain.jp2"), image)
 
 
 def save_tiff(path, deep, compression=None):
