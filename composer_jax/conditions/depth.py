@@ -71,7 +71,8 @@ class Depth(Condition):
         shades = grey(loaded)
         if shades is not None:
             clear = loaded.ndim == 3 and loaded.shape[2] in (2, 4)
-            solid = 2.0 * loaded[..., -1] >= _white(loaded) if clear else np.True_
+            alpha = loaded[..., -1]
+            solid = 2.0 * alpha >= _white(alpha) if clear else np.True_
             if invert:
                 return _turned(shades, what, solid)
             return _normalise(shades, what, solid)
@@ -166,10 +167,11 @@ def _turned(far: np.ndarray, what, solid) -> np.ndarray:
 
 
 def _white(array: np.ndarray) -> float:
-    """The largest value of an image of that kind."""
-    if array.dtype.kind == "b" or (array.dtype.kind == "f" and array.max(initial=0.0) <= 1.0):
+    """The largest value of an image of that kind: the least usual one that holds its numbers."""
+    high = array.max(initial=0)
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and high <= 1.0):
         return 1.0
-    return 255.0 if array.dtype.kind in "ui" and array.max(initial=0) <= 255 else 65535.0
+    return 255.0 if high <= 255 else 65535.0
 
 
 def _normalise(inverse: np.ndarray, what, solid=np.True_) -> np.ndarray:

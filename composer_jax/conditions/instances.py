@@ -105,7 +105,9 @@ class Instances(Condition):
         loaded = load_map(text)
         what = text if isinstance(text, str | os.PathLike) else "the id map"
         if loaded.dtype == np.bool_ and loaded.size:
-            return _compact(_ids_from_masks(loaded if loaded.ndim == 3 else loaded[None]))
+            if loaded.ndim != 3 or not loaded.shape[2] <= 4 < loaded.shape[1]:
+                return _compact(_ids_from_masks(loaded if loaded.ndim == 3 else loaded[None]))
+            loaded = loaded.astype(np.uint8) * np.uint8(255)  # an image, no masks 4 pixels wide
         levels, coloured = _levels(loaded, what)
         levels = without_blends(levels, coloured, what)
         distinct = np.unique(levels[levels > 0])
@@ -196,22 +198,23 @@ def _ids_from_masks(masks: np.ndarray) -> np.ndarray:
 
 def _levels(image: np.ndarray, what) -> tuple[np.ndarray, bool]:
     """A whole number per pixel, int64 [H, W], 0 where black or transparent; and: is it a colour?"""
-    if image.ndim == 3 and image.dtype == np.uint16:  # colours of 16 bits
-        image = (image >> 8).astype(np.uint8)
-    flat = image if image.ndim == 2 else None
-    if image.ndim == 3 and image.size and image.dtype == np.uint8 and 1 <= image.shape[2] <= 4:
-        rgb = image[..., : 3 if image.shape[2] > 2 else 1]
-        if np.all(rgb == rgb[..., :1]):  # exactly grey: ids may differ by one level
-            flat = rgb[..., 0]
-    elif flat is None or not flat.size or flat.dtype.kind not in "iu" or flat.min() < 0:
+    shape, dtype = image.shape, image.dtype
+    image = image[..., None] if image.ndim == 2 else image
+    channels = image.shape[2] if image.ndim == 3 and image.size else 0
+    known = dtype.kind in "iu" if channels == 1 else dtype in (np.uint8, np.uint16)
+    if not (known and 1 <= channels <= 4 and image.min() >= 0):
         raise ValueError(
-            f"{what} is {image.dtype} {list(image.shape)}; allowed: whole numbers from 0 [H, W], "
+            f"{what} is {dtype} {list(shape)}; allowed: whole numbers from 0 [H, W], "
             "bool masks [N, H, W] or an image"
         )
-    levels = rgb.astype(np.int64) @ [1 << 16, 1 << 8, 1] if flat is None else flat.astype(np.int64)
-    if image.ndim == 3 and image.shape[2] in (2, 4):
-        levels = np.where(image[..., -1] >= 128, levels, 0)
-    return levels, flat is None
+    rgb = image[..., : 3 if channels > 2 else 1].astype(np.int64)
+    coloured = bool(np.any(rgb != rgb[..., :1]))  # exactly grey: ids may differ by one level
+    if coloured:
+        rgb >>= 8 * dtype.itemsize - 8
+    levels = rgb @ [1 << 16, 1 << 8, 1] if coloured else rgb[..., 0]
+    if channels in (2, 4):
+        levels = np.where(image[..., -1] > np.iinfo(dtype).max // 2, levels, 0)
+    return levels, coloured
 
 
 def _from_levels(levels: np.ndarray, distinct: np.ndarray, coloured: bool) -> dict[str, np.ndarray]:

@@ -116,6 +116,14 @@ def test_maps_of_distance_are_inverted():
         DEPTH.parse(np.random.default_rng(0).random((4, 4, 3)), invert=True)
 
 
+@pytest.mark.parametrize(("white", "opaque"), [(1.0, 1.0), (255.0, 255.0), (80.0, 1.0)])
+def test_floats_of_any_range_may_have_alpha(white, opaque):
+    near = np.float32([[0.0, 0.25, 0.5, 1.0]]) * np.float32(white)
+    alpha = np.float32([[opaque, opaque, 0.0, opaque]])
+    stored = DEPTH.parse(np.dstack([near, alpha]))
+    np.testing.assert_allclose(stored, [[0, 16384, 0, 65535]], atol=1)
+
+
 @pytest.mark.parametrize("invert", [False, True])
 def test_what_is_transparent_is_far(invert):
     shades = np.tile(np.arange(50, 250, 10, dtype=np.uint8), (4, 1))

@@ -136,6 +136,23 @@ def test_large_ids_colours_and_transparency_are_numbered(tmp_path):
     assert INSTANCES.parse(np.eye(3, dtype=bool)[:, None])["ids"].tolist() == [[1, 2, 3]]
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, np.int64])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_ids_stand_in_any_channel_of_a_grey_array(dtype, channels):
+    """Ids of 16 bits, too, which are no upper bytes; and nothing is where alpha is 0."""
+    ids = (np.arange(48).reshape(6, 8) % 31).astype(dtype)
+    image = np.repeat(ids[..., None], channels, axis=2)
+    if channels % 2 == 0:
+        image[..., -1] = True if dtype is bool else np.iinfo(dtype).max
+        image[0, ..., -1] = 0
+    if dtype is np.int64 and channels > 1:
+        with pytest.raises(ValueError, match=r"int64 \[6, 8, .\]; allowed"):
+            INSTANCES.parse(image)
+        return
+    ids[0] = 0 if channels % 2 == 0 else ids[0]
+    np.testing.assert_array_equal(INSTANCES.parse(image)["ids"], ids)
+
+
 def smoothings():
     """Two things on black, in grey and in colours, as editors smooth them."""
     ids = np.zeros((64, 64), np.uint8)
