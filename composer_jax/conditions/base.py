@@ -14,7 +14,7 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -223,6 +223,11 @@ def names() -> tuple[str, ...]:
     for module, path in modules.items():
         _load(module, path)
     return tuple(sorted(n for n, c in _REGISTERED.items() if _visible(c, modules)))
+
+
+def listed(which: str | Iterable[str]) -> tuple[str, ...]:
+    """Names of conditions, as a list or as text with commas between them."""
+    return tuple(which.split(",") if isinstance(which, str) else which)
 
 
 def fingerprint(conditions: Sequence[str]) -> str:

@@ -156,7 +156,7 @@ class Palette(Condition):
         if array.shape != (BINS,) or array.dtype.kind not in "fiu":
             raise ValueError(
                 f"{what} has shape {array.shape} of {array.dtype}; "
-                f"allowed: {BINS} numbers, or an image [H, W, 3]"
+                f"allowed: colours ('#d62828:0.6'), {BINS} numbers, or an image [H, W, 3]"
             )
         counts = array.astype(np.float64)
         if not (np.all(np.isfinite(counts)) and counts.min() >= 0.0 and counts.sum() > 0.0):

@@ -33,12 +33,14 @@ import numpy as np
 
 from composer_jax import conditions
 from composer_jax.conditions import Value
-from composer_jax.conditions.base import slerp
+from composer_jax.conditions.base import listed, slerp
 from composer_jax.diffusion import Use, two_sets, use
 from composer_jax.diffusion.inversion import SOLVER
+from composer_jax.diffusion.settings import SETTINGS
 from composer_jax.sampling.options import GRID
 from composer_jax.sampling.picture import Picture
 from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.utils.values import MOST, number, shown, whole
 
 CONTENT = ("sketch", "depth", "instances")  # where things are, and their shapes
 STYLE = ("palette", "semantics")  # how they look
@@ -72,8 +74,10 @@ def interpolation(
     own factors. `hold` and `hold_second` name factors of the first and of the second image that
     stay. Where none stays, the way begins and ends at the images themselves.
     """
-    if count < 2:
-        raise ValueError(f"count is {count}; a way has at least 2 images, its ends")
+    if not whole(2).holds(count):
+        raise ValueError(f"count is {shown(count)}; a way has at least 2 images, its ends")
+    hold, hold_second = listed(hold), listed(hold_second)
+    vary = None if vary is None else listed(vary)
     _check_apart(hold=hold, hold_second=hold_second, given=given or {}, vary=vary or ())
     a, b = _picture(pipe, first), _picture(pipe, second)
     stay = {n: a.factor(n) for n in hold} | {n: b.factor(n) for n in hold_second}
@@ -172,8 +176,7 @@ def image_to_image(
     pipe, image, *, strength=0.6, given=None, hold=(), vary=(), **options
 ) -> np.ndarray:
     """Sampling from the image, diffused to process time `strength` (arXiv 2108.01073)."""
-    if not 0.0 < strength <= 1.0:
-        raise ValueError(f"strength is {strength}; a number above 0, at most 1, is wanted")
+    SETTINGS["start"].check("strength", strength)
     picture, given = _picture(pipe, image), pipe.uses(given or {})
     held = picture.held((), given, hold, vary)
     if strength < 1.0:
@@ -212,8 +215,7 @@ def _check_apart(**named) -> None:
 
 
 def _check_border(region, border: float) -> None:
-    if not 0.0 <= border < float("inf"):
-        raise ValueError(f"border is {border}; pixels from 0 are wanted")
+    number(0.0, MOST).check("border", border)
     if border and region is None:
         raise ValueError("border is for region, which is not given")
 
@@ -238,6 +240,7 @@ def _reconfigure(pipe, picture, held, given, *, count=1, eta=0.0, **options) -> 
     _check_border(options.get("region"), options.get("border", 0.0))
     if options.get("start", 1.0) != 1.0:
         raise ValueError("start is 1 here: a reconfiguration begins from the noise it inverts to")
+    whole(1).check("count", count)
     if count > 1 and not eta:
         raise ValueError(f"count is {count}, but all would be the same; give eta above 0, too")
     options = {"guidance": GUIDANCE, "solver": SOLVER} | options

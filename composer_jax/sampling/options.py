@@ -11,6 +11,7 @@ import numpy as np
 from composer_jax.diffusion import Use
 from composer_jax.diffusion.process import one_of
 from composer_jax.diffusion.settings import check_settings
+from composer_jax.utils.values import shown
 
 GRID = ("spacing", "steps_offset", "final", "shift")  # fields that `Process.times` takes
 OUTPUTS = ("images", "latents")
@@ -72,6 +73,8 @@ def check_extras(
     every = extras.get("every", 1)
     if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
         raise ValueError(f"every is {every!r}; a whole number from 1 is wanted")
+    if not callable(extras.get("preview", print)):
+        raise ValueError(f"preview is {shown(extras['preview'])}; a function is wanted")
     if "every" in extras and "preview" not in extras:
         raise ValueError("every is for preview, which is not given")
     if probe and "output" in extras:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from composer_jax import conditions
+from composer_jax.conditions.base import listed
 from composer_jax.conditions.decompose import decompose, known_alpha
 from composer_jax.conditions.image import fit_map, load_rgba, on_white
 from composer_jax.diffusion import use
@@ -74,6 +75,7 @@ class Picture:
         Raises ValueError where `hold` names what is given, and where `vary` names what would not be
         held anyway.
         """
+        vary, hold = listed(vary), hold if hold is None else listed(hold)
         for name in (*vary, *(hold or ())):
             conditions.get(name)
         if hold and vary:

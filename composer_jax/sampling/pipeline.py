@@ -25,6 +25,7 @@ from composer_jax.sampling.job import Frame, Job, make_job, place
 from composer_jax.sampling.options import EXTRAS, Options, check_extras, idle
 from composer_jax.sampling.program import Networks, program
 from composer_jax.storage.models import Model, load_model
+from composer_jax.utils.values import shown, whole
 
 log = logging.getLogger("composer_jax")
 
@@ -94,9 +95,9 @@ class Pipeline:
     ) -> Pipeline:
         """Opens a model directory or training workdir; without `where` the bundled model.
 
-        `dtype`: what networks are held and compute in, by default bfloat16 on accelerators, float32
-        on CPU. `guide`: the second network's directory. `size` of the images, by default that of
-        training.
+        `dtype`: what networks are held and compute in, "float32" or "bfloat16", by default the
+        latter on accelerators, the former on CPU. `guide`: the second network's directory. `size`
+        of the images, by default that of training.
         """
         second = None if guide is None else load_model(guide, dtype)
         return cls(load_model(where, dtype), second, size)
@@ -150,8 +151,8 @@ class Pipeline:
         **options: Any,
     ) -> Iterator[np.ndarray]:
         """Images `first` to `count` - 1 of that call, one by one as they are made."""
-        if count < 1:
-            raise ValueError(f"count is {count}; it must be at least 1")
+        if not whole(1).holds(count):
+            raise ValueError(f"count is {shown(count)}; a whole number, at least 1, is wanted")
         uses = self.uses(given)
         stored = {name: [u.value for u in candidates] for name, candidates in uses.items()}
         seeds = [(seed, i) for i in range(count)]
@@ -191,8 +192,7 @@ class Pipeline:
         solver, steps and guidance. `way`, `iterations`: of `diffusion.invert`; much guidance in few
         steps wants more iterations.
         """
-        images = np.asarray(images)
-        images = images[None] if images.ndim == 3 else images
+        images = self._batch(images)
         uses = self.uses(given)
         stored = {name: [u.value for u in candidates] for name, candidates in uses.items()}
         options |= {"image": images, "solver": solver, "guidance": guidance}
@@ -237,13 +237,19 @@ class Pipeline:
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Latents float32 [B, h, w, c] of images uint8 [B, H, W, 3] at the model's size."""
+        return np.concatenate([self._encode(self._weights, x[None]) for x in self._batch(images)])
+
+    def _batch(self, images: np.ndarray) -> np.ndarray:
+        """Images, or one of them, as uint8 [B, H, W, 3] at the model's size; else ValueError."""
         images = np.asarray(images)
+        images = images[None] if images.ndim == 3 else images
         if images.dtype != np.uint8 or images.shape[1:] != (self.size, self.size, 3):
             raise ValueError(
                 f"images are {images.dtype} {list(images.shape)}; "
-                f"uint8 [B, {self.size}, {self.size}, 3] are wanted"
+                f"uint8 [B, {self.size}, {self.size}, 3] are wanted, "
+                "and fit_image cuts a photo to that size"
             )
-        return np.concatenate([self._encode(self._weights, one[None]) for one in images])
+        return images
 
     def fit_image(self, image: np.ndarray) -> np.ndarray:
         """The middle of an image uint8 [H, W, 3], at the model's size, as training sees it."""
@@ -251,6 +257,10 @@ class Pipeline:
 
     def uses(self, given: Mapping[str, Any]) -> dict[str, list[Use]]:
         """What a call is given, as uses of values at this model's size."""
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"given is {shown(given)}; a dict of conditions is wanted: {{'caption': 'a cat'}}"
+            )
         return {name: self._uses(name, value) for name, value in given.items()}
 
     def _uses(self, name: str, value: Any) -> list[Use]:
@@ -295,8 +305,7 @@ class Pipeline:
                 log.warning(line)
         image = extras.pop("image", None)
         if image is not None:
-            image = np.asarray(image)
-            extras["known"] = self.encode(image[None] if image.ndim == 3 else image)
+            extras["known"] = self.encode(image)
         return make_job(self._frame, options, uses, stored, seeds, **extras, **how)
 
     def _run(self, job: Job, first: int = 0) -> Iterator[tuple[dict[str, np.ndarray], slice]]:

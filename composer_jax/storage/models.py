@@ -184,6 +184,8 @@ def load_model(where: str | Path | None = None, dtype=None) -> Model:
         raise ValueError(f"{folder / 'model.json'} is broken: {error!r}") from error
 
     dtype = dtype or default_dtype()
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {dtype!r}; 'float32' or 'bfloat16' is wanted")
     composer, path = abstract(Composer, config, absent, dtype=dtype), folder / "unet.safetensors"
     fill_module(composer, open_tensors(path), str(path), dtype)
     return Model(composer, load_codec(folder, dtype), folder / "clip", info)

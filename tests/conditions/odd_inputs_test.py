@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from composer_jax import conditions
+from composer_jax.conditions.decompose import decompose
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 ODD = [
@@ -82,3 +83,11 @@ def test_odd_inputs_are_refused_in_one_line_or_read_whole(name):
 def test_stored_values_that_are_none_are_named(name, stored, message):
     with pytest.raises(ValueError, match=message):
         conditions.get(name).checked(stored)
+
+
+def test_names_of_conditions_are_a_list_or_text_with_commas():
+    image = np.zeros((8, 8, 3), np.uint8)
+    found = decompose(image, only="intensity,palette")
+    assert list(found) == list(decompose(image, only=["intensity", "palette"]))
+    with pytest.raises(ValueError, match=r"no condition 'skech' .did you mean 'sketch'"):
+        decompose(image, only="skech")

@@ -207,6 +207,13 @@ def test_a_region_drawn_on_a_photo_is_cropped_as_the_photo_is(pipe):
         ("variation", {"border": 2.0}, "border is for region"),
         ("reconfiguration", {"border": 2.0}, "border is for region"),
         ("reconfiguration", {"start": 0.5}, "start is 1 here"),
+        ("reconfiguration", {"count": "2", "eta": 0.5}, "count is '2'"),
+        ("interpolation", {"count": "7"}, "count is '7'; a way has at least 2"),
+        ("image-to-image", {"strength": "0.5"}, "strength is '0.5'; a number above 0"),
+        ("variation", {"region": REGION, "border": "2"}, "border is '2'"),
+        ("variation", {"vary": "palete"}, "did you mean 'palette'"),
+        ("variation", {"hold": "plasma,depth"}, "no condition 'plasma'"),
+        ("interpolation", {"hold": "palette", "vary": "palette"}, "hold and vary both name"),
     ],
 )
 def test_mistakes_are_one_line(pipe, scenes, name, options, words):

@@ -217,6 +217,13 @@ def test_regions_share_a_picture(pipe):
         ({}, {"every": True, "preview": print}, "every is True"),
         ({}, {"interval": (0.6, 0.9)}, "interval .* meets no evaluation"),
         ({"palette": cj.use(RED, window=(0.1, 0.2))}, {}, "palette: window .* meets no evaluation"),
+        ("a red cone", {}, "given is 'a red cone'; a dict of conditions"),
+        (None, {}, "given is None; a dict of conditions"),
+        ({}, {"count": 2.5}, "count is 2.5; a whole number"),
+        ({}, {"count": "4"}, "count is '4'; a whole number"),
+        ({}, {"preview": 3}, "preview is 3; a function"),
+        ({}, {"image": "photo.jpg", "start": 0.5}, "images are <U9 .*fit_image"),
+        ({"palette": (214, 40, 40)}, {}, "allowed: colours"),
     ],
 )
 def test_mistakes_are_named(pipe, given, options, message):
@@ -236,6 +243,17 @@ def test_mistakes_are_named(pipe, given, options, message):
 def test_an_inversion_names_what_it_does_not_take(pipe, scene, options, message):
     with pytest.raises(ValueError, match=message):
         pipe.invert(scene[0][0], {}, steps=2, **options)
+
+
+def test_an_inversion_wants_images(pipe):
+    with pytest.raises(ValueError, match=r"uint8 \[B, 64, 64, 3\] are wanted"):
+        pipe.invert("photo.jpg", {})
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", 32])
+def test_a_wrong_dtype_is_named(dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*; 'float32' or 'bfloat16' is wanted"):
+        Pipeline.load(dtype=dtype)
 
 
 def test_what_does_nothing_beside_the_rest_is_said_once(pipe, caplog):
