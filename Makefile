@@ -21,7 +21,7 @@ test: lint
 	COMPOSER_TEST_DEVICES=8 $(BIN)/$(PYTEST)
 
 parity: .venv/parity
-	$(BIN)/$(PYTEST) parity
+	JAX_PLATFORMS=cpu PYTHONPATH=.venv/tpu $(BIN)/$(PYTEST) parity
 
 # transformers 5 has no Flax class left: our own CLIP runs, in an environment of its own
 transformers5: .venv5/installed
@@ -42,6 +42,9 @@ transformers5: .venv5/installed
 	  -e '.[test,parity]'
 	@# CMMD's, of which one file is read: what its models need is not wanted
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps clip-mmd==0.0.2
+	@# libtpu apart: jax would look for TPUs in every other run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+	  --target .venv/tpu libtpu
 	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt

@@ -14,7 +14,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY\s+)?%?([\w.\-]+)\s.*\{\s*$")
 _OPERATION = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
 _TRIPS = re.compile(r'known_trip_count":?\s*\{\s*"n":\s*"?(\d+)')
 _CALLED = re.compile(r"(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_LISTED = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _WORK = ("fusion", "convolution", "dot", "custom-call", "while", "conditional", "call")
@@ -69,7 +69,7 @@ def collectives(text: str) -> dict[str, Traffic]:
             rounds = _rounds(bodies, name, rest) if op == "while" else 1
             known, inner = sure and rounds is not None, times * (rounds or 1)
             called = _CALLED.findall(rest)
-            for names in _BRANCHES.findall(rest):
+            for names in _LISTED.findall(rest):
                 called += [word.strip().lstrip("%") for word in names.split(",")]
             for callee in called:
                 walk(callee, inner, known, beside)
@@ -123,16 +123,21 @@ def _constant(inside: dict, own: str) -> int | None:
 
 
 def _overlaps(operations: list, index: int, own: str, op: str) -> bool:
-    """Whether work is scheduled between an operation's start and its end."""
-    if not op.endswith("-start"):
+    """Whether work is scheduled between an operation's start and its end.
+
+    What tpu7x's sparse cores do starts without an operand and gets it by an update: it begins there.
+    """
+    if not op.endswith(("-start", "-update")):
         return False
-    end = re.compile(rf"(?<![\w.\-]){re.escape(own)}(?![\w.\-])")
-    for _, _, later, rest in operations[index + 1 :]:
-        if later in _WORK:
-            return True
-        if later.endswith("-done") and end.search(rest):
-            return False
-    return False
+    named = re.compile(rf"(?<![\w.\-]){re.escape(own)}(?![\w.\-])")
+    work = False
+    for after, (name, _, later, rest) in enumerate(operations[index + 1 :], index + 1):
+        if later == "async-update" and _operand(rest, 0) == own and _operand(rest, 1):
+            return _overlaps(operations, after, name, later)
+        if later.endswith("-done") and named.search(rest):
+            break
+        work = work or later in _WORK
+    return work
 
 
 def _computations(text: str) -> tuple[dict[str, list], str]:

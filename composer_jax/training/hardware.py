@@ -57,6 +57,13 @@ CHIPS = {
     "a10": Chip(("NVIDIA A10",), 125e12, 22 * GIB, 600e9),
 }
 PLANNED = tuple(name for name, chip in CHIPS.items() if chip.link)
+# libtpu for chips that are not there: it asks no machine, takes no chip, and logs nothing of it
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",  # of this machine; topologies name their own
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def chip_of(device_kind: str) -> Chip | None:
@@ -114,8 +121,8 @@ def devices_of(topology: str) -> list:
     if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (axes - 1), shape):
         raise ValueError(f"topology {topology!r}: {name} comes in {axes} dimensions, for example "
                          f"{name}:{example}")  # fmt: skip
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no chip is asked or taken
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for key, value in WITHOUT_TPU.items():
+        os.environ.setdefault(key, value)
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
