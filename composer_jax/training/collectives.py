@@ -125,7 +125,7 @@ def _constant(inside: dict, own: str) -> int | None:
 def _overlaps(operations: list, index: int, own: str, op: str) -> bool:
     """Whether work is scheduled between an operation's start and its end.
 
-    What tpu7x's sparse cores do starts without an operand and gets it by an update: it begins there.
+    What tpu7x's sparse cores do starts without an operand; an update gives it, and there it begins.
     """
     if not op.endswith(("-start", "-update")):
         return False
