@@ -70,9 +70,9 @@ class Depth(Condition):
         what = text if isinstance(text, str | os.PathLike) else "the depth map"
         shades = grey(loaded)
         if shades is not None:
-            clear = loaded.ndim == 3 and loaded.shape[2] in (2, 4)
-            alpha = loaded[..., -1]
-            solid = 2.0 * alpha >= _white(alpha) if clear else np.True_
+            solid = np.True_
+            if loaded.ndim == 3 and loaded.shape[2] in (2, 4):
+                solid = 2.0 * loaded[..., -1] >= _white(loaded[..., -1])
             if invert:
                 return _turned(shades, what, solid)
             return _normalise(shades, what, solid)
