@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import gc
 import importlib
 import logging
@@ -12,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+from composer_jax.utils.atomic import WriteError
 from composer_jax.utils.precision import matmul_precision
 
 COMMANDS = {
@@ -29,6 +31,7 @@ COMMANDS = {
     "compile": "trace the sampler once, for starts without tracing",
 }
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 XLA_OPTIONS = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
 
@@ -59,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         # tracing makes many objects and little garbage; looking for it takes a sixth of a start
         gc.set_threshold(100_000)
         _log_plainly()
+        sys.unraisablehook = _tell_unraisable
     # jax reads this when it is imported: what was compiled once is not compiled again
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "composer-jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
@@ -88,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"composer: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno in FULL and error.filename:  # what was not written by utils.atomic
+            error = WriteError(Path(error.filename), error)
         print(f"composer: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:  # of numpy, of XLA
@@ -131,6 +137,13 @@ def _log_plainly() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def _tell_unraisable(error: sys.UnraisableHookArgs) -> None:
+    """All but what tensorstore says in its threads, once for each array that was still being
+    written, after a checkpoint has met a full disk: `Checkpoints` says that in one line."""
+    if str(error.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(error)
 
 
 def _help(parser: Parser, argv: list[str]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -166,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
                "--report")  # fmt: skip
     series = Series(args.out, _call(args, pipe, uses, options))
     failed: list[OSError] = []
-    preview = _preview(args.out, failed) if args.previews else None
+    preview = _preview(series, failed) if args.previews else None
     missing = series.missing(args.count)
     parts = [
         (part, pipe.stream(uses, count=part.stop, first=part.start, seed=args.seed,
@@ -235,13 +234,14 @@ def _call(args, pipe: Pipeline, uses: dict[str, list[Use]], options: dict[str, A
     }
 
 
-def _preview(out: Path, failed: list[OSError]) -> Callable[[int, np.ndarray], None]:
+def _preview(series: Series, failed: list[OSError]) -> Callable[[int, np.ndarray], None]:
     """Writes OUT/previews/STEP.png; what the system refuses goes into `failed`, as no error may
     leave what a compiled program calls."""
 
     def look(step: int, images: np.ndarray) -> None:
         try:
-            save_png(out / "previews" / f"{step:04d}.png", grid(images, min(len(images), 8)))
+            series.begin()
+            save_png(series.out / "previews" / f"{step:04d}.png", grid(images, min(len(images), 8)))
         except OSError as error:
             failed.append(error)
 

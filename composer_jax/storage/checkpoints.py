@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,14 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from composer_jax.utils.atomic import WriteError, writing
+
 log = logging.getLogger("composer_jax")
-for _noisy in ("orbax", "absl"):  # what they say of errors is said below, in a line
+for _noisy in ("orbax", "absl", "asyncio"):  # what they say of errors is said below, in a line
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
 STATE, NOTES, DIGEST = "state", "notes", "digest"
+UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is being written
 
 
 class Checkpoints:
@@ -33,7 +38,8 @@ class Checkpoints:
             max_to_keep=keep, create=True, cleanup_tmp_directories=True
         )
         self._folder, self._options = folder.resolve(), options
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        with writing(self._folder):
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._failed: str | None = None
 
     def save(self, step: int, state, notes: dict) -> None:
@@ -59,9 +65,17 @@ class Checkpoints:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
+        reason = WriteError(self._folder, OSError(_refusal(error)))  # while the disk is full
+        self._remove_unfinished()
         self._manager = ocp.CheckpointManager(self._folder, options=self._options)
-        self._failed = f"a checkpoint could not be written ({_reason(error)}); {self._newest()}"
+        self._failed = f"{reason}; {self._newest()}"
         log.error("%s", self._failed)
+
+    def _remove_unfinished(self) -> None:
+        """Makes room: a disk that is full stays full with half a checkpoint."""
+        if jax.process_index() == 0:
+            for left in self._folder.glob(f"*{UNFINISHED}"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _newest(self) -> str:
         step = self._manager.latest_step()
@@ -126,8 +140,9 @@ class Checkpoints:
         failed = self._failed
         self._finish()
         self._manager.close()
-        if self._failed or failed:
-            raise OSError(self._failed or failed)
+        if failed := self._failed or failed:
+            self._remove_unfinished()  # what was still being written when it failed
+            raise OSError(failed)
 
 
 def newest_notes(folder: Path) -> dict | None:
@@ -154,6 +169,12 @@ def digest(tree) -> list[int]:
 def _bits(leaf: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     return jnp.sum(jax.lax.bitcast_convert_type(leaf, unsigned), dtype=jnp.uint32)
+
+
+def _refusal(error: Exception) -> str:
+    """What the system said in an error of tensorstore or orbax, else the error's first line."""
+    known = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO))
+    return next((text for text in known if text in str(error)), None) or _reason(error)
 
 
 def _reason(error: Exception) -> str:

@@ -55,9 +55,14 @@ class Series:
                 ranges.append(range(index, index + 1))
         return ranges
 
+    def begin(self) -> None:
+        """Says in the folder of which call it is, before anything else is written; raises
+        `WriteError`."""
+        self._claim.write()
+
     def add(self, index: int, image: np.ndarray) -> None:
         """Writes image `index`, uint8 [H, W, 3], in one move; raises `WriteError`."""
-        self._claim.write()
+        self.begin()
         save_png(self.path(index), image, self._claim.tag)
 
     def images(self, count: int) -> np.ndarray:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
+import struct
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 from composer_jax.training.cluster import is_main
 from composer_jax.training.hardware import chip_of
-from composer_jax.utils.atomic import write_text, writing
+from composer_jax.utils.atomic import append_bytes, write_text, writing
 
 log = logging.getLogger("composer_jax")
 
@@ -43,12 +46,8 @@ class Log:
             total=steps, initial=start, unit="step", disable=not is_main(), smoothing=0.05
         )
         if is_main():
-            from tensorboardX import SummaryWriter
-
             _cut_back(self._path, start)
-            self._board = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start + 1 if start else None
-            )
+            self._board = _Board(workdir / "tensorboard", start)
         chip = chip_of(jax.devices()[0].device_kind)
         self._peak = chip.flops if chip else None
         if chip is None and jax.devices()[0].platform != "cpu" and is_main():
@@ -97,16 +96,45 @@ class Log:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a line of its own, unless there is nothing to write."""
         if values and is_main():
-            with writing(self._path), self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            append_bytes(self._path, (json.dumps({"step": step, **values}) + "\n").encode())
+            self._board.scalars(step, values)
 
     def close(self) -> None:
-        """Ends the progress bar and TensorBoard's file."""
+        """Ends the progress bar."""
         self._bar.close()
-        if is_main():
-            self._board.close()
+
+
+class _Board:
+    """A file of TensorBoard's events. tensorboardX's own writer has a thread and a queue, and who
+    adds to the queue waits forever once the thread has met a full disk."""
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / name
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._add(Event(file_version="brain.Event:2"))
+        if start:  # what comes later in older files is not shown
+            self._add(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        self._add(*(Event(step=step, summary=scalar(k, v)) for k, v in values.items()))
+
+    def _add(self, *events) -> None:
+        from tensorboardX.record_writer import masked_crc32c
+
+        content = b""
+        for event in events:
+            event.wall_time = time.time()
+            event = event.SerializeToString()
+            for part in (struct.pack("<Q", len(event)), event):
+                content += part + struct.pack("<I", masked_crc32c(part))
+        append_bytes(self._path, content)
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -90,6 +90,18 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
+def append_bytes(path: Path, content: bytes) -> None:
+    """Appends to a file whole or not at all; raises `WriteError`."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        size, left = os.fstat(file.fileno()).st_size, memoryview(content)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 @contextmanager
 def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """Gives an empty folder to fill, which becomes `folder` when all went well.
@@ -238,11 +250,14 @@ def _file_system(path: Path) -> str:
     there = Path(os.path.realpath(path))
     while not os.path.exists(there):
         there = there.parent
-    room = shutil.disk_usage(there).free
+    left = os.statvfs(there)
+    room = f"{left.f_bavail * left.f_frsize / 2**20:,.1f} MiB free"
+    if left.f_files and not left.f_favail:
+        room += ", but no inode for another file"
     while not os.path.ismount(there):
         there = there.parent
     kinds = {}
     with contextlib.suppress(OSError):  # Linux's
         lines = Path("/proc/mounts").read_text().splitlines()
         kinds = {line.split()[1]: f", {line.split()[2]}" for line in lines}
-    return f"file system {there}{kinds.get(str(there), '')}, {room / 2**20:,.1f} MiB free"
+    return f"file system {there}{kinds.get(str(there), '')}, {room}"

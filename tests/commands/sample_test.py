@@ -61,6 +61,9 @@ def test_no_space_for_a_preview_is_one_line(words, tmp_path, capsys):
         assert main(call) == 1
     error = capsys.readouterr().err
     assert "previews/0000.png cannot be written" in error and "Traceback" not in error
+    (tmp_path / "new/previews").mkdir(exist_ok=True)  # as where there was room for the first
+    (tmp_path / "new/previews/0000.png").write_bytes(b"")
+    assert main(call) == 0
 
 
 def test_a_refused_call_leaves_its_folder_to_the_next(words, tmp_path, capsys):

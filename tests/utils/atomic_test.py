@@ -12,6 +12,7 @@ import pytest
 from composer_jax.utils import atomic
 from composer_jax.utils.atomic import (
     WriteError,
+    append_bytes,
     check_writable,
     new_file,
     new_folder,
@@ -64,6 +65,15 @@ def test_a_disk_that_is_full_is_named_with_its_file_system(tmp_path, written):
     assert "\n" not in message and "Errno" not in message
     assert written == "numpy" or caught.value.errno == errno.EFBIG
     assert names(tmp_path) == []
+
+
+def test_what_is_appended_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "lines"
+    append_bytes(path, b"first\n")
+    with file_limit(1000), pytest.raises(WriteError, match="lines cannot be written: File too"):
+        append_bytes(path, bytes(5000))
+    append_bytes(path, b"second\n")
+    assert path.read_bytes() == b"first\nsecond\n"
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path):
