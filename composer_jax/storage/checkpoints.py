@@ -35,7 +35,11 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            create=True,
+            cleanup_tmp_directories=True,
+            # else a folder that cannot be made leaves threads that wait for it for 20 minutes
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._folder, self._options = folder.resolve(), options
         with writing(self._folder):
