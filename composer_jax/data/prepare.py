@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from composer_jax import conditions
 from composer_jax.conditions import Feature
-from composer_jax.data.shards import reason_of
+from composer_jax.data.shards import file_digest, reason_of
 from composer_jax.data.sources import Source
 from composer_jax.utils.atomic import WriteError, new_folder, write_text
 
@@ -45,14 +45,20 @@ def remembered(pools: Path | None, key: Any, make: Callable[[], Any]) -> Any:
     start with the same `key`."""
     if pools is None:
         return make()
-    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    path = pools / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
-        return json.loads(path.read_text())
+    path = pools / f"{_digest(key)}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+        kept = json.loads(path.read_text())
+        if kept["digest"] == _digest(kept["made"]):
+            return kept["made"]
     made = make()
     with contextlib.suppress(OSError):  # of others, whom all may read: then it is asked each time
-        write_text(path, json.dumps(made), sync=False)
+        write_text(path, json.dumps({"made": made, "digest": _digest(made)}), sync=False)
     return made
+
+
+def _digest(values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def available(source: Source, tools: Mapping[str, Any]) -> dict[str, str | None]:
@@ -161,7 +167,8 @@ def _write(source, names, tools, encoders, folder: Path, key: str) -> None:
         with new_folder(folder) as new:
             for path in flat[0]:
                 np.save(new / f"{path}.npy", np.concatenate([chunk[path] for chunk in flat]))
-            (new / "arrays.json").write_text(json.dumps(sorted(flat[0])))
+            digests = {path: file_digest(new / f"{path}.npy") for path in sorted(flat[0])}
+            (new / "arrays.json").write_text(json.dumps(digests, indent=2))
             (new / "made_by.json").write_text(key)
     except WriteError:
         if not folder.is_dir():  # else another run has just written the same
@@ -180,9 +187,15 @@ def _open(folder: Path, key: str) -> dict[str, Any]:
     tree: dict[str, Any] = {"stored": {}}
     names, listed = {path.stem for path in folder.glob("*.npy")}, folder / "arrays.json"
     if listed.is_file():  # not in pools of older versions
-        wanted = set(json.loads(listed.read_text()))
-        if missing := sorted(wanted - names):
+        wanted = json.loads(listed.read_text())
+        if not isinstance(wanted, dict | list):
+            raise ValueError("arrays.json is no list")
+        if missing := sorted(set(wanted) - names):
             raise ValueError(f"{missing[0]}.npy is missing")
+        if isinstance(wanted, dict):  # some older versions knew no digests
+            for name in names:
+                if wanted.get(name) != file_digest(folder / f"{name}.npy"):
+                    raise ValueError(f"the content of {name}.npy has changed")
     if "image" not in names or (folder / "made_by.json").read_text() != key:
         raise ValueError("it is not whole")
     lengths = set()

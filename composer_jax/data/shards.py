@@ -51,7 +51,7 @@ def write_shard(
             writer.close()
         except RuntimeError as error:  # as of a full disk
             raise OSError(reason_of(error)) from error
-        about = {"count": len(examples), "bytes": new.stat().st_size, "sha256": _sha256(new)}
+        about = {"count": len(examples), "bytes": new.stat().st_size, "sha256": file_digest(new)}
         about |= {"call": call, "skipped": list(skipped)}
         if _known(folder, shard) not in (None, about):  # else a kill leaves what fits no shard
             with writing(notes):
@@ -114,7 +114,7 @@ def shard_fault(
         if not verify:
             return None
         if "sha256" in notes:
-            wrong = _sha256(path) != notes["sha256"]
+            wrong = file_digest(path) != notes["sha256"]
             return f"{path} is damaged (its content has changed)" if wrong else None
         faults = (record_fault(path, position, len) for position in range(notes["count"]))
         reason = next(filter(None, faults), None)
@@ -165,6 +165,7 @@ def reason_of(error: Exception) -> str:
     return lines[0].split("; at byte")[0].strip()[:150]
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

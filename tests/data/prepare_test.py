@@ -45,6 +45,13 @@ def test_it_is_made_once_and_anew_when_its_maker_changes(source, tmp_path):
     assert sum(calls) == 140
 
 
+def flip(path, position):
+    """Changes one bit."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -54,8 +61,12 @@ def test_it_is_made_once_and_anew_when_its_maker_changes(source, tmp_path):
         ("stored.palette.npy", lambda path: path.unlink()),
         ("stored.palette.npy", lambda path: path.write_text("palette")),
         ("stored.palette.npy", lambda path: np.save(path, np.zeros((2, 156), np.float32))),
+        ("image.npy", lambda path: flip(path, 1000)),
+        ("stored.palette.npy", lambda path: flip(path, 300)),
         ("made_by.json", lambda path: path.write_text("{")),
         ("arrays.json", lambda path: path.write_text("[")),
+        ("arrays.json", lambda path: path.write_text("{}")),
+        ("arrays.json", lambda path: path.write_text("5")),
     ],
 )
 def test_a_damaged_pool_is_prepared_anew_and_said(tmp_path, caplog, name, damage):

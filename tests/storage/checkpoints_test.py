@@ -23,7 +23,7 @@ def test_a_folder_that_cannot_be_made_leaves_no_thread_that_waits(tmp_path, monk
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     monkeypatch.setattr(os, "mkdir", full)
     checkpoints.save(4, {"kernel": jnp.zeros(3)}, {})
-    with pytest.raises(OSError, match="checkpoints cannot be written: No space left .*file system"):
+    with pytest.raises(OSError, match=r"checkpoints cannot be written: No space left"):
         checkpoints.close()
     assert not list((tmp_path / "checkpoints").iterdir())
     for one in (
