@@ -148,7 +148,7 @@ class Condition(abc.ABC):
 
         if isinstance(self.feature, Feature):
             return one(self.feature, stored)
-        return {name: one(feature, stored[name]) for name, feature in self.feature.items()}
+        return {name: one(self.feature[name], array) for name, array in stored.items()}
 
     def blend(self, a: Mapping[str, Any], b: Mapping[str, Any], amount: float) -> Value:
         """Interpolates two values, from `a` (`amount` 0) to `b` (1); embeddings on the sphere."""

@@ -63,26 +63,31 @@ class Caption(Condition):
         return {name: jnp.asarray(stored[name], jnp.float32) for name in self.parts}
 
     def parse(self, text, tool=None) -> dict[str, Any]:
-        """Encodes one sentence: a str, the content of a .txt file, or the text of a stored example
-        (a dict or its .npy file), which without a text, or without a CLIP, is taken as it is.
+        """Encodes one sentence: a str, the content of a .txt file, or a stored example, as
+        `unpacked` takes it.
 
         Raises ValueError where it is nothing of that, names a picture, or there is no CLIP.
         """
-        stored = self.unpacked(text)
+        stored = self.unpacked(text, tool)
         if stored is not None:
-            if tool is None or "text" not in stored:
-                return self.checked(stored, getattr(tool, "sizes", {}))
-            text = stored["text"]
-        elif isinstance(text, os.PathLike) or (isinstance(text, str) and _is_file(text)):
+            return stored
+        if isinstance(text, os.PathLike) or (isinstance(text, str) and _is_file(text)):
             text = read_sentence(Path(text))
         elif isinstance(text, str) and text.lower().endswith(".npy"):
             raise ValueError(f"{text} holds no caption as `composer decompose` writes it")
         if not isinstance(text, str):
             raise ValueError(f"caption takes a sentence (str), not {type(text).__name__}")
-        encoded = _needed(tool).text([text])
-        if hasattr(tool, "report_cut"):
-            tool.report_cut()
-        return {"text": text, **{name: array[0] for name, array in encoded.items()}}
+        return _encoded(text, tool)
+
+    def unpacked(self, source, tool=None) -> dict[str, Any] | None:
+        """As of any condition, the text encoded anew: another CLIP may have taken it. Without a
+        text, or a CLIP, what is stored is taken as it is."""
+        stored = super().unpacked(source)
+        if stored is None:
+            return None
+        if tool is None or "text" not in stored:
+            return self.checked(stored, getattr(tool, "sizes", {}))
+        return _encoded(stored["text"], tool)
 
     def absent(self, tool=None) -> dict[str, Any]:
         """The encoded empty caption: what stands where no caption is given."""
@@ -132,6 +137,13 @@ class Caption(Condition):
             return measure
 
         return {fact: share(fact) for fact in FACTS}
+
+
+def _encoded(text: str, tool) -> dict[str, Any]:
+    encoded = _needed(tool).text([text])
+    if hasattr(tool, "report_cut"):
+        tool.report_cut()
+    return {"text": text, **{name: array[0] for name, array in encoded.items()}}
 
 
 def read_sentence(path: Path) -> str:

@@ -285,11 +285,10 @@ class Pipeline:
         condition = conditions.get(name)
         if isinstance(value, Value):
             return value
-        if isinstance(value, Mapping):
-            value = condition.checked(value, self.model.composer.config.sizes)
-        else:
-            value = condition.parse(value, self.tool(name))
-        return condition.fit(value, (self.size, self.size))
+        tool = self.tool(name)
+        stored = condition.unpacked(value, tool)
+        stored = condition.parse(value, tool) if stored is None else stored
+        return condition.fit(stored, (self.size, self.size))
 
     def _job(self, uses, stored, seeds, options: Mapping[str, Any], **how: Any) -> Job:
         """`make_job` of what a call says; tells, once, what of it does nothing."""

@@ -30,6 +30,17 @@ def scene(pipe):
     return batch["image"], stored
 
 
+def test_a_stored_caption_is_read_by_the_models_own_clip(pipe, scene):
+    """`decompose` takes it by the bundled CLIP, whose last layer the model may not have seen."""
+    stored = scene[1][0]["caption"]
+    other = {**stored, "tokens": 0.5 * stored["tokens"], "vector": -stored["vector"]}
+    for name in ("tokens", "vector"):
+        found = pipe.stored("caption", other)[name]
+        np.testing.assert_allclose(found, stored[name], atol=1e-5)
+    del other["text"]
+    np.testing.assert_array_equal(pipe.stored("caption", other)["vector"], -stored["vector"])
+
+
 def some_region(rng):
     region = np.zeros((64, 64), np.float32)
     region[: rng.integers(16, 64), rng.integers(0, 32) :] = rng.uniform(0.5, 1.0)
