@@ -104,8 +104,10 @@ def _embedding(vector: np.ndarray, what, tool) -> np.ndarray:
             f"{what} has {len(vector)} numbers; this CLIP's embeddings have "
             f"{tool.sizes['embed_width']}"
         )
-    vector = vector.astype(np.float64)
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
+    length = np.linalg.norm(vector.astype(np.float64))
+    if abs(length - 1.0) < 1e-6:  # as stored: dividing would change last bits
+        return vector.astype(np.float32)
+    return (vector / length).astype(np.float32)
 
 
 def _needed(tool):
