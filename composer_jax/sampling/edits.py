@@ -177,6 +177,8 @@ def image_to_image(
 ) -> np.ndarray:
     """Sampling from the image, diffused to process time `strength` (arXiv 2108.01073)."""
     SETTINGS["start"].check("strength", strength)
+    if "start" in options:
+        raise ValueError("start is what strength says here; give strength alone")
     picture, given = _picture(pipe, image), pipe.uses(given or {})
     held = picture.held((), given, hold, vary)
     if strength < 1.0:

@@ -32,6 +32,7 @@ from composer_jax.diffusion.process import Process
 from composer_jax.models.composer import ComposerConfig
 from composer_jax.sampling.options import GRID, Options
 from composer_jax.sampling.program import Kind
+from composer_jax.utils.painted import painted
 from composer_jax.utils.seeds import seed_words
 
 POSITIONS = 1024  # pixels of latents that a microbatch has, if it may be more than one image
@@ -100,7 +101,7 @@ def make_job(
 ) -> Job:
     """Everything that the program is given to make one image for each entry of `stored`.
 
-    `noise` float32 [B, h, w, c], `known` latents [1 or B, h, w, c], `keep` float32 [H, W] and
+    `noise` float32 [B, h, w, c], `known` latents [1 or B, h, w, c], `keep` [H, W] and
     `preview` as `Pipeline` takes them; `way` and `iterations` of an inversion; `probe`: the
     conditions whose directions are compared; `rows`, `values`: K and J that there must be room for.
     Raises ValueError, one line, for what does not fit.
@@ -161,12 +162,15 @@ def make_job(
 def _latents(frame: Frame, count: int, noise, known, keep) -> dict[str, np.ndarray]:
     """`noise`, `known` and `keep` for each image, as views of what is given, or of zeros."""
     shape = (count, frame.side, frame.side, frame.config.latent_channels)
-    if noise is not None and np.shape(noise) != shape:
-        raise ValueError(f"noise has shape {list(np.shape(noise))}; {list(shape)} is wanted")
+    if noise is not None:
+        if np.shape(noise) != shape:
+            raise ValueError(f"noise has shape {list(np.shape(noise))}; {list(shape)} is wanted")
+        if not np.isfinite(noise).all():
+            raise ValueError("noise has values that are not finite")
     if known is not None and len(known) not in (1, count):
         raise ValueError(f"{len(known)} images are given for {count} samples")
     if keep is not None:
-        keep, wanted = np.asarray(keep, np.float32), (frame.size, frame.size)
+        keep, wanted = painted(keep, "keep"), (frame.size, frame.size)
         if keep.shape != wanted:
             raise ValueError(f"keep has shape {list(keep.shape)}; {list(wanted)} is wanted")
         keep = fit_map(keep, (frame.side, frame.side), "area")[..., None]

@@ -134,7 +134,7 @@ class Pipeline:
 
             noise    float32 [count, h, w, c]: x_T, in place of what seeds draw
             image    uint8 [H, W, 3], or one for each: what sampling begins from, with `start` < 1
-            keep     float32 [H, W] in [0, 1]: where the predicted x0 is the image's
+            keep     [H, W] in [0, 1], or an image (white is 1): where x0 is to be the image's
             preview  called with (evaluation, uint8 [B, H, W, 3]), what x0 is predicted to be
             every    evaluations between previews (5)
             output   "images", or "latents" float32 [count, h, w, c], before they are decoded

@@ -210,6 +210,7 @@ def test_a_region_drawn_on_a_photo_is_cropped_as_the_photo_is(pipe):
         ("reconfiguration", {"count": "2", "eta": 0.5}, "count is '2'"),
         ("interpolation", {"count": "7"}, "count is '7'; a way has at least 2"),
         ("image-to-image", {"strength": "0.5"}, "strength is '0.5'; a number above 0"),
+        ("image-to-image", {"start": 0.5}, "start is what strength says"),
         ("variation", {"region": REGION, "border": "2"}, "border is '2'"),
         ("variation", {"vary": "palete"}, "did you mean 'palette'"),
         ("variation", {"hold": "plasma,depth"}, "no condition 'plasma'"),

@@ -95,6 +95,8 @@ def test_latents_are_given_or_nothing():
     np.testing.assert_array_equal(own["known"], NOISE[:1].repeat(COUNT, axis=0))
     np.testing.assert_allclose(own["keep"][..., 0], np.tile([1.0, 1.0, 0.5, 0.0], (COUNT, SIDE, 1)))
     np.testing.assert_array_equal(kept(job(known=NOISE))[0]["known"], NOISE)
+    as_image = kept(job(known=NOISE[:1], keep=(255 * keep).astype(np.uint8)))[0]
+    np.testing.assert_array_equal(as_image["keep"], own["keep"])
 
 
 def test_windows_and_intervals_are_shares_of_what_is_run():

@@ -12,6 +12,7 @@ from composer_jax.sampling.pipeline import Pipeline
 
 LEFT = np.repeat([[1.0] * 32 + [0.0] * 32], 64, axis=0).astype(np.float32)
 RED, BLUE = ["#d62828"], ["#003049"]
+BLACK = np.zeros((64, 64, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def test_regions_share_a_picture(pipe):
         ({}, {"noise": np.zeros((1, 2, 2, 4))}, "noise has shape"),
         ({}, {"noise": np.zeros((1, 64, 64, 4))}, "noise has shape"),
         ({}, {"batch": 0}, "batch"),
-        ({}, {"image": np.zeros((64, 64, 3), np.uint8)}, "image does nothing: start is 1"),
+        ({}, {"image": BLACK}, "image does nothing: start is 1"),
         ({}, {"every": 2}, "every is for preview"),
         ({}, {"every": 0, "preview": print}, "every is 0; a whole number from 1"),
         ({}, {"every": True, "preview": print}, "every is True"),
@@ -233,6 +234,9 @@ def test_regions_share_a_picture(pipe):
         ({}, {"count": 2.5}, "count is 2.5; a whole number"),
         ({}, {"count": "4"}, "count is '4'; a whole number"),
         ({}, {"preview": 3}, "preview is 3; a function"),
+        ({}, {"image": BLACK, "keep": np.full((64, 64), np.nan)}, "keep has values from nan"),
+        ({}, {"image": BLACK, "keep": np.full((64, 64), 2.0)}, "keep has values from 2 to 2"),
+        ({}, {"noise": np.full((1, 16, 16, 6), np.inf)}, "noise has values that are not finite"),
         ({}, {"image": "photo.jpg", "start": 0.5}, "images are <U9 .*fit_image"),
         ({"palette": (214, 40, 40)}, {}, "allowed: colours"),
     ],
