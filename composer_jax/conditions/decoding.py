@@ -84,6 +84,8 @@ def _deep(image, layout: str, file, path: str) -> np.ndarray | None:
 
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(ImageOps.exif_transpose(image))
+        if image.format == "PPM" and image.mode == "I":  # 16 bits, which Pillow has widened
+            values = values.astype(np.uint16)
         if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
             values = np.uint16(65535) - values  # white is zero
         clear = image.info.get("transparency")

@@ -115,8 +115,8 @@ def _managed(file, path: str) -> np.ndarray:
 
 def _as_uint16(values: np.ndarray) -> np.ndarray:
     """16-bit grey as it is; wide integers and floats by the smallest usual range they fit in."""
-    if np.issubdtype(values.dtype, np.floating):
-        largest = values[np.isfinite(values)].max(initial=0.0)
+    if values.dtype.kind != "u" or values.dtype.itemsize > 2:
+        largest = values[np.isfinite(values)].max(initial=0)
         top = 1.0 if largest <= 1.0 else 255.0 if largest <= 255.0 else 65535.0
         values = np.rint(np.nan_to_num(values / top, posinf=1.0) * 65535.0)
     return values.clip(0, 65535).astype(np.uint16)

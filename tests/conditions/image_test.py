@@ -144,8 +144,20 @@ def test_of_several_frames_the_first_is_read(tmp_path):
 
 
 def test_a_dark_16_bit_image_stays_dark(tmp_path):
-    Image.fromarray(np.full((3, 3), 200, np.uint16)).save(tmp_path / "dark.png")
-    assert load_image(tmp_path / "dark.png").max() == 1
+    dark = np.full((3, 3), 200, np.uint16)
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    (tmp_path / "dark.pgm").write_bytes(b"P5 3 3 65535\n" + dark.astype(">u2").tobytes())
+    Image.frombytes("I;16B", (3, 3), dark.astype(">u2").tobytes()).save(tmp_path / "dark.tiff")
+    for name in ("dark.png", "dark.pgm", "dark.tiff"):
+        assert load_image(tmp_path / name).max() == 1
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_wide_integers_have_the_least_usual_range_that_holds_them(tmp_path, white):
+    mask = np.int32([[0, white], [white, 0]])
+    Image.fromarray(mask).save(tmp_path / "mask.tiff")
+    np.testing.assert_array_equal(load_region(tmp_path / "mask.tiff"), mask / white)
+    np.testing.assert_array_equal(load_image(tmp_path / "mask.tiff")[..., 0], mask // white * 255)
 
 
 def test_transparency_lies_on_white(tmp_path):
