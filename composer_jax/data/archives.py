@@ -184,7 +184,8 @@ class _Index:
                                  "members can be read in any order") from error  # fmt: skip
             damage = f"is cut short ({error})"
         if damage:
-            log.warning("%s %s; %s are used", self.path, damage, f"{len(self.samples)} samples")
+            count = len(self.samples)
+            log.warning("%s %s; %d sample%s used", self.path, damage, count, "s" * (count != 1))
         return links
 
     def _take(self, name: str, place: _Place) -> None:

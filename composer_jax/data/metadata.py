@@ -74,7 +74,7 @@ def _caption(where: str, value: Any, wrong: list[str]) -> str:
     if isinstance(value, Mapping) and (held := captions_of(value)):
         return _first(((f"{where} {key}", each) for key, each in held.items()), wrong)
     keys = f" without {' or '.join(CAPTIONS)}" if isinstance(value, Mapping) else ""
-    raise ValueError(f"is a {type(value).__name__}{keys} ({str(value)[:40]}), not text")
+    raise ValueError(f"is {type(value).__name__}{keys} ({str(value)[:40]}), not text")
 
 
 def decoded(content: bytes) -> str:
@@ -219,7 +219,8 @@ def _csv(file: BinaryIO) -> Iterator[tuple[str, dict]]:
                     'holds a comma needs quotes: "a dog, on a lawn"'
                 )
             values = (None if value in MISSING else value for value in row)
-            yield f"line {rows.line_num}", dict(zip(names, values, strict=False))
+            found = dict(zip(names, values, strict=False))
+            yield f"line {rows.line_num}", dict.fromkeys(names) | found
     except csv.Error as error:
         raise ValueError(f"line {rows.line_num}: {error}") from None
 

@@ -153,7 +153,7 @@ def record_fault(path: Path, position: int, decode: Callable[[bytes], Any]) -> s
 
 def strange_files(folder: Path, shards: int) -> list[str]:
     """Names of shards and notes in a cache's folder that are none of its own."""
-    own = {path(folder, shard) for shard in range(shards) for path in (notes_path,)}
+    own = {notes_path(folder, shard) for shard in range(shards)}
     own |= {shard_path(folder, shard, shards) for shard in range(shards)}
     found = {*folder.glob("composer-*.array_record-*"), *folder.glob("shards/*.json")}
     return sorted(path.relative_to(folder).as_posix() for path in found - own)

@@ -1,10 +1,8 @@
 """How exactly float32 is multiplied: accelerators round factors unless they are told not to.
 
 By default a float32 product is made of TF32 factors (10 bits of fraction) on NVIDIA GPUs, and in
-one pass
-of bfloat16 (7 bits) on TPUs. "high" takes three passes there, "highest" keeps float32. CPUs
-always
-do, and bfloat16 networks have no more to keep.
+one pass of bfloat16 (7 bits) on TPUs. "high" takes three passes there, "highest" keeps float32.
+CPUs always do, and bfloat16 networks have no more to keep.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def test_texts_beside_images(tmp_path, caplog):
         "e.v2.png": "of e", "f.png": "", "g.png": "", "h.png": "", "sub/a.png": "of another a",
     }  # fmt: skip
     for line in (
-        "f.png: no caption from f.json caption is a int (5), not text",
+        "f.png: no caption from f.json caption is int (5), not text",
         "g.png: no caption from g.json is not JSON",
         "h.png: no caption from h.txt is not UTF-8",
         "3 of 10 images have no caption: f.png, g.png, h.png",
