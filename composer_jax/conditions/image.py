@@ -76,9 +76,10 @@ def load_region(source) -> np.ndarray:
     if Path(source).suffix.lower() == ".npy":
         return painted(load_array(source), str(source))
     array = load_numbers(source)
-    if array.dtype not in (np.uint8, np.uint16):
+    if array.dtype.itemsize > 2:
         array = _as_uint16(array)
-    return painted(array / np.iinfo(array.dtype).max, str(source))
+    white = 255.0 if array.max() <= 255 else 65535.0
+    return painted(array / white, str(source))
 
 
 def load_array(path) -> np.ndarray:

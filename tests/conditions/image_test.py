@@ -238,7 +238,16 @@ def painting(dtype, white, channels):
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("dtype", "white"),
-    [("?", True), ("u1", 255), ("u1", 1), ("u2", 65535), ("i8", 255), ("f4", 1.0), ("f8", 255.0)],
+    [
+        ("?", True),
+        ("u1", 255),
+        ("u1", 1),
+        ("u2", 65535),
+        ("u2", 255),
+        ("i8", 255),
+        ("f4", 1.0),
+        ("f8", 255.0),
+    ],
 )
 def test_where_white_is_painted_is_a_region_of_any_kind(tmp_path, dtype, white, channels):
     array = painting(dtype, white, channels)
@@ -270,7 +279,7 @@ def test_half_painted_is_half_a_region():
         (np.zeros((2, 2, 5)), r"shape \(2, 2, 5\)"),
         (np.zeros((0, 2)), "shape"),
         (np.zeros(3), "shape"),
-        (np.array([["a"]]), "is a ndarray; an array is wanted"),
+        (np.array([["a"]]), "is a ndarray; an array of numbers is"),
         (None, "is a NoneType"),
         ([[1], [1, 2]], "is a list"),
     ],
