@@ -13,8 +13,10 @@ import re
 import sys
 from pathlib import Path
 
+from composer_jax.commands import arguments
 from composer_jax.utils.atomic import WriteError
 from composer_jax.utils.precision import matmul_precision
+from composer_jax.utils.values import expand_user
 
 COMMANDS = {
     "quickstart": "the whole way in minutes, on CPU, ending in a report",
@@ -32,6 +34,7 @@ COMMANDS = {
 }
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+FOLDERS = ("--out", "--workdir")  # options of commands that write
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 XLA_OPTIONS = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
 
@@ -52,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for a user's mistake, 1 where the system refuses
-    (a full disk), 130 for Ctrl-C."""
+    (a full disk), 130 for Ctrl-C. "~" is expanded as a shell does, where it was quoted, too."""
     if argv is None:
         argv = sys.argv[1:]
         if any(word in COMMANDS for word in argv):
@@ -63,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         gc.set_threshold(100_000)
         _log_plainly()
         sys.unraisablehook = _tell_unraisable
+    argv = [expand_user(word) for word in argv]
     # jax reads this when it is imported: what was compiled once is not compiled again
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "composer-jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
@@ -72,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in argv if word in COMMANDS), None)
     try:
+        if chosen:
+            _check_folders(argv)
         for name, doc in COMMANDS.items():
             sub = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
             if name == chosen:  # the others stay unimported, so that help is quick
@@ -105,6 +111,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("composer: interrupted", file=sys.stderr)
         return 130
+
+
+def _check_folders(argv: list[str]) -> None:
+    """Refuses a folder that cannot be written into before the command is imported, which takes
+    seconds; the command's own parser reads it again."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    for option in FOLDERS:
+        parser.add_argument(option, type=arguments.folder)
+    parser.parse_known_args(argv)
 
 
 def _take_huge_pages() -> None:

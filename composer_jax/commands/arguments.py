@@ -1,4 +1,7 @@
-"""What the options of commands may be: how each is read from the command line, and checked."""
+"""What the options of commands may be: how each is read from the command line, and checked.
+
+Importing this imports nothing heavy, so that `cli` can refuse folders before a command is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from composer_jax import conditions
-from composer_jax.data.sources import check_source
-from composer_jax.diffusion.settings import SETTINGS, SPAN
 from composer_jax.utils import values
 from composer_jax.utils.atomic import check_writable
 
@@ -43,7 +43,22 @@ def number(low: float, high: float, **ends: bool) -> Callable[[str], float]:
     return value(values.number(low, high, **ends))
 
 
+def listed(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an option that takes different words, separated by commas, each as `read`."""
+
+    def several(text: str) -> tuple[Any, ...]:
+        found = tuple(map(read, text.split(",")))
+        for one in found:
+            if found.count(one) > 1:
+                raise ValueError(f"{text!r} names {one} twice")
+        return found
+
+    return argument(several)
+
+
 def _span(text: str) -> tuple[float, float]:
+    from composer_jax.diffusion.settings import SPAN
+
     start, colon, stop = text.partition(":")
     try:
         found = (float(start), float(stop)) if colon else text
@@ -53,11 +68,10 @@ def _span(text: str) -> tuple[float, float]:
     return found
 
 
-def _names(text: str) -> tuple[str, ...]:
-    found = tuple(conditions.get(name).name for name in text.split(","))
-    if len(set(found)) < len(found):
-        raise ValueError(f"{text!r} names a condition twice")
-    return found
+def _condition(text: str) -> str:
+    from composer_jax import conditions
+
+    return conditions.get(text).name
 
 
 def _path(text: str) -> Path:
@@ -65,6 +79,8 @@ def _path(text: str) -> Path:
 
 
 def _source(text: str) -> str:
+    from composer_jax.data.sources import check_source
+
     check_source(text)
     return text
 
@@ -89,7 +105,7 @@ seed = value(values.SEED)
 share = value(values.SHARE)
 text = value(values.text())
 span = argument(_span)
-names = argument(_names)  # of conditions, separated by commas
+names = listed(_condition)
 path = argument(_path)  # of what is read
 source = argument(_source)
 folder = argument(_folder)  # to write into
@@ -98,6 +114,8 @@ file = argument(_file)  # to write
 
 def setting(name: str) -> Callable[[str], Any]:
     """The type of an option that is a setting of sampling."""
+    from composer_jax.diffusion.settings import SETTINGS
+
     return span if name == "interval" else value(SETTINGS[name])
 
 

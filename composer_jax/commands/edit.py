@@ -29,7 +29,9 @@ from composer_jax.sampling.picture import Picture
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import Series, describe, describe_model, describe_uses
 from composer_jax.utils.atomic import check_writable
+from composer_jax.utils.owned import record
 from composer_jax.utils.png import save_png
+from composer_jax.utils.precision import current_precision
 
 # What tasks take beside images and factors: how it is read, and what it is.
 OPTIONS: dict[str, tuple[Any, str, str]] = {
@@ -53,6 +55,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     ),
     "garment_region": (arguments.path, "PNG", "white where the garment is in its image"),
 }
+FORMER = {"precision": "default"}  # what calls did before there was this key in call.json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +120,8 @@ def run(args: argparse.Namespace) -> None:
     tools = load_tools(**named_tools(args))
     uses = pipe.uses(given)
     call = _call(pipe, images, known, uses, settings)
-    series = Series(args.out, {"task": args.task, "tools": named_tools(args), **call})
+    call |= {"task": args.task, "tools": named_tools(args)}
+    series = Series(args.out, call, FORMER)
     pictures = [Picture(pipe, image, tools=tools) for image in images]
     pictures[0] = Picture(pipe, images[0], known, tools)
     needed = {name: uses.pop(name) for name in task.needs if name in uses}
@@ -129,6 +133,7 @@ def run(args: argparse.Namespace) -> None:
     made = series.images(args.count)
     shown = np.concatenate([np.stack([picture.pixels for picture in pictures]), made])
     save_png(args.out / "grid.png", grid(shown, min(len(shown), 8)))
+    record(args.out, [args.out / "grid.png"])
     print(f"{args.task}: {len(made)} images in {args.out}, see grid.png")
 
 
@@ -148,6 +153,7 @@ def _call(pipe: Pipeline, images, known, uses, settings: dict[str, Any]) -> dict
         "guide": describe_model(pipe.guide) if pipe.guide else None,
         "size": pipe.size,
         "dtype": str(jnp.dtype(pipe.model.composer.dtype)),
+        "precision": current_precision(),
         "images": [describe(image) for image in images],
         "own": {name: describe(value) for name, value in known.items()},
         **describe_uses(uses),

@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes a model directory whose parameters are that average."""
+    if not args.workdir.is_dir():
+        what = "is a file" if args.workdir.exists() else "does not exist"
+        raise ValueError(f"{args.workdir} {what}; the workdir of a run is wanted")
     check_apart([args.out], [args.workdir / "model", args.workdir / "ema"])
     check_replaceable(args.out)
     check_writable(args.out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,11 +15,16 @@ from tqdm import tqdm
 from composer_jax import conditions
 from composer_jax.commands import arguments
 from composer_jax.commands.decompose import add_tool_arguments, named_tools
-from composer_jax.commands.sample import add_sampling_arguments, open_pipeline, sampling_options
+from composer_jax.commands.sample import (
+    FORMER,
+    add_sampling_arguments,
+    open_pipeline,
+    sampling_options,
+)
 from composer_jax.commands.unused import tell, tell_tools
-from composer_jax.conditions.base import meant
 from composer_jax.data.prepare import available
 from composer_jax.data.sources import open_source
+from composer_jax.data.stream import folders_of
 from composer_jax.data.tools import load_tools
 from composer_jax.diffusion import Use
 from composer_jax.evaluation import experiments, page
@@ -42,8 +48,9 @@ from composer_jax.evaluation.report import Report
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import describe_model
 from composer_jax.utils.atomic import check_writable, write_json, write_text
+from composer_jax.utils.owned import check_apart
 from composer_jax.utils.precision import current_precision
-from composer_jax.utils.values import SEED
+from composer_jax.utils.values import SEED, choice
 
 CHUNK = 64
 
@@ -81,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--experiments",
-        default=",".join(EXPERIMENTS),
+        type=arguments.listed(partial(choice(*EXPERIMENTS).parse, "the value")),
+        default=EXPERIMENTS,
         help=f"separated by commas (default: {','.join(EXPERIMENTS)})",
     )
     add_sampling_arguments(parser)
@@ -100,11 +108,12 @@ class Examples:
 
 def run(args: argparse.Namespace) -> None:
     """Writes OUT/control.json and OUT/report.html; samples that are in OUT are not made again."""
-    wanted, options = check(args)
+    wanted, options = args.experiments, check(args)
+    check_apart([args.out], folders_of(args.source), may_hold=True)
     check_writable(args.out)
     pipe = open_pipeline(args)
     settings = _settings(args, pipe, options)
-    samples = Samples(args.out, settings)
+    samples = Samples(args.out, settings, FORMER)
     _tell_unused(args, pipe, wanted)
     if "windows" in wanted:
         for span in experiments.WINDOWS.values():
@@ -146,16 +155,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"numbers in {args.out / 'control.json'}, pictures in {args.out / 'report.html'}")
 
 
-def check(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    """The experiments that are asked for, and the options of sampling; raises ValueError for what
-    makes no sense."""
-    wanted = args.experiments.split(",") if args.experiments else []
-    for word in wanted:
-        if word not in EXPERIMENTS:
-            hint = meant(word, EXPERIMENTS)
-            raise ValueError(f"no experiment {word!r}{hint}; there are {', '.join(EXPERIMENTS)}")
+def check(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of sampling; raises ValueError for options that do not go together."""
     SEED.check("the last seed, --seed + --seeds - 1,", args.seed + args.seeds - 1)
-    return wanted, sampling_options(args)
+    return sampling_options(args)
 
 
 def _tell_unused(args: argparse.Namespace, pipe: Pipeline, wanted: Sequence[str]) -> None:

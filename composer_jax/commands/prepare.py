@@ -20,8 +20,10 @@ from composer_jax.data.extractors import Extractors, load_extractors
 from composer_jax.data.prepare import chunks
 from composer_jax.data.shards import read_notes, shard_fault, strange_files, write_shard
 from composer_jax.data.sources import Crop, Source, open_source
+from composer_jax.data.stream import folders_of
 from composer_jax.training.config import load_config
 from composer_jax.utils.atomic import check_writable
+from composer_jax.utils.owned import check_apart
 
 # what launchers tell a process: (which, how many, the first's number)
 SHARES = (
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         tell("--seed", "crops are of the centre, and nothing is mirrored")
     if not (args.out / "composer.json").exists():
         check_writable(args.out)
+    check_apart([args.out], folders_of(args.source), may_hold=True)
     index, count = share(os.environ)
     crop = Crop(args.crop == "random", args.flip, args.seed)
     source = open_source(args.source, size=config.image_size, seed=args.seed, crop=crop)

@@ -28,11 +28,14 @@ from composer_jax.sampling.options import Options
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import Series, describe_model, describe_uses
 from composer_jax.utils.atomic import check_writable, write_text
+from composer_jax.utils.owned import record
 from composer_jax.utils.png import save_png
 from composer_jax.utils.precision import PRECISIONS, current_precision
 
 DTYPES = ("float32", "bfloat16")
 SHOWN = 64  # images in grid.png and in the report
+# what calls did before there were these keys in call.json and evaluation.json
+FORMER = {"precision": "default", **asdict(Options())}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,10 +166,12 @@ def run(args: argparse.Namespace) -> None:
     measured = uses if args.report else ()
     tell_tools(args, {*wanted, *measured}, "it takes nothing from an image here, for --use or "
                "--report")  # fmt: skip
-    series = Series(args.out, _call(args, pipe, uses, options))
+    series = Series(args.out, _call(args, pipe, uses, options), FORMER)
     failed: list[OSError] = []
     preview = _preview(series, failed) if args.previews else None
     missing = series.missing(args.count)
+    if args.previews and not missing:
+        tell("--previews", "all images are there, none is made")
     parts = [
         (part, pipe.stream(uses, count=part.stop, first=part.start, seed=args.seed,
                            preview=preview, every=args.previews, **options))
@@ -183,6 +188,8 @@ def run(args: argparse.Namespace) -> None:
                 progress.update()
     shown = series.images(min(args.count, SHOWN))
     save_png(args.out / "grid.png", grid(shown, min(len(shown), 8)))
+    previews = (args.out / "previews").glob("*.png") if args.previews else ()
+    record(args.out, [args.out / "grid.png", *previews])
     print(f"{args.count} images given {', '.join(uses) or 'nothing'} in {args.out}, see grid.png")
     if args.report:
         _report(args, pipe, uses, shown, options, tools)

@@ -96,8 +96,10 @@ def _check_evaluation(sweep: Sweep) -> None:
 
 
 def _keep(sweep: Sweep, out: Path) -> None:
-    """Writes OUT/sweep.json; a sweep that goes on must hold the same runs, or more."""
+    """Writes OUT/sweep.json; a sweep that goes on must hold the same runs, or more, and measure
+    them alike: the tables are of all that is in OUT."""
     new = {one.folder: [sweep.config, *one.overrides] for one in sweep.runs}
+    new["evaluate"] = list(sweep.evaluate)
     check_writable(out)
     path, old = out / "sweep.json", None
     try:
@@ -109,11 +111,14 @@ def _keep(sweep: Sweep, out: Path) -> None:
             if (out / name).exists():
                 raise ValueError(f"{out} holds {name}, which is of no sweep; give another --out")
     old = old or {}
-    for folder, words in old.items():
-        if folder in new and new[folder] != words:
-            raise ValueError(f"{out} holds {folder} as {words}, now it is {new[folder]}; give "
+    for key, words in old.items():
+        if key not in new:
+            raise ValueError(f"{out} holds the run {key}, which {sweep.name} does not have; give "
                              "another --out")  # fmt: skip
-    write_json(path, {**old, **new})
+        if new[key] != words:
+            raise ValueError(f"{out} holds {key} as {words}, now it is {new[key]}; give another "
+                             "--out")  # fmt: skip
+    write_json(path, new)
 
 
 def _run_all(sweep: Sweep, runs: list[Run], out: Path, jobs: int) -> None:

@@ -17,6 +17,7 @@ from composer_jax import conditions
 from composer_jax.commands import arguments
 from composer_jax.commands.arguments import take_rest  # noqa: F401 (the cli calls it)
 from composer_jax.commands.unused import tell_keys
+from composer_jax.data.stream import folders_of
 from composer_jax.diffusion import Use
 from composer_jax.evaluation.pictures import grid
 from composer_jax.training.cluster import gather, is_main, join, main_first, share
@@ -31,7 +32,7 @@ from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import only
 from composer_jax.training.tasks import Task, make_task, open_data, pools_folder
 from composer_jax.utils.atomic import check_writable
-from composer_jax.utils.owned import adopt
+from composer_jax.utils.owned import adopt, check_apart, record
 from composer_jax.utils.png import save_png
 from composer_jax.utils.precision import matmul_precision
 
@@ -91,6 +92,9 @@ def train(config: ConfigDict, workdir: Path) -> Task:
     """
     check_values(flat(config))
     check_together(config)
+    made = [workdir, *filter(None, [config.pools])]
+    for source in filter(None, (config.source, config.held_out)):
+        check_apart(made, folders_of(source), may_hold=True)
     check_writable(workdir)
     with matmul_precision(config.get("precision")):
         return _train(config, workdir)
@@ -221,6 +225,8 @@ def _grids(task: Task, workdir: Path):
 
     def draw(step: int) -> None:
         picture = composer_grid() if (workdir / "model" / "model.json").is_file() else codec_grid()
-        save_png(workdir / "samples" / f"{step:08d}.png", picture)
+        path = workdir / "samples" / f"{step:08d}.png"
+        save_png(path, picture)
+        record(workdir, [path])
 
     return draw

@@ -37,7 +37,8 @@ class Condition(abc.ABC):
     part name to float32 array. `cached = False`: stored is not kept in the training cache and
     `draw` works from the image, and from what `draws_from`, another condition, has stored where the
     batch holds it. `tool`: which tool `extract` is handed, "clip", "depth",
-    "segmenter" or None. `judged_by`: which one `measure` prefers, where that is another.
+    "segmenter" or None. `reads`: the keys of `given` that `extract` looks at, None for its own name
+    alone. `judged_by`: which one `measure` prefers, where that is another.
     `switches`: names and help of the true-or-false keywords that `parse` takes; command lines have
     them as `--CONDITION.SWITCH`.
     """
@@ -50,6 +51,7 @@ class Condition(abc.ABC):
     cached: bool = True
     draws_from: str | None = None
     tool: str | None = None
+    reads: tuple[str, ...] | None = None
     judged_by: str | None = None
     switches: Mapping[str, str] = MappingProxyType({})
 

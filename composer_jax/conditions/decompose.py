@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from composer_jax.conditions.base import get, listed, names
+from composer_jax.conditions.base import get, listed, meant, names
+
+OBJECTS = "objects"  # what scenes know besides, for the training of detectors
 
 
 def decompose(
@@ -24,8 +26,13 @@ def decompose(
     `only`: which conditions (a list, or "sketch,palette"), all by default. `given`: what is known
     about the image, without a batch axis (caption, depth, instances, alpha, ...). `tools`: by name
     (clip, depth, segmenter). A condition that needs a tool that is not there raises ValueError
-    where `only` asks for it; else it is left out and `skipped(name, reason)` is called.
+    where `only` asks for it; else it is left out and `skipped(name, reason)` is called. Raises
+    ValueError for a key that no condition reads, too.
     """
+    known = [get(name) for name in names()]
+    reads = {key for one in known for key in ((one.name,) if one.reads is None else one.reads)}
+    _check_keys("given", given, reads | {OBJECTS})
+    _check_keys("tools", tools, {one.tool for one in known})
     batched = {
         key: [value] if isinstance(value, str) else np.asarray(value)[None]
         for key, value in (given or {}).items()
@@ -42,6 +49,16 @@ def decompose(
             continue
         found[name] = jax.tree.map(lambda a: a[0], stored, is_leaf=lambda a: isinstance(a, list))
     return found
+
+
+def _check_keys(what: str, values: Mapping[str, Any] | None, known: set[str | None]) -> None:
+    words = sorted(filter(None, known))
+    for key in values or ():
+        if key not in known:
+            raise ValueError(
+                f"{what} has {key!r}{meant(key, words)}, which no condition reads; it takes "
+                f"{', '.join(words)}"
+            )
 
 
 def known_alpha(image: np.ndarray) -> dict[str, np.ndarray]:

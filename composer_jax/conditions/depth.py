@@ -37,6 +37,7 @@ class Depth(Condition):
     parts: Mapping[str, Part] = {"map": Part("spatial", (1,))}
     feature = Feature(("h", "w"), "uint16", "png", resize="area")
     tool = "depth"
+    reads = ("depth", "distance")
 
     def extract(self, images, given=None, tool=None) -> np.ndarray:
         """uint16 [B, H, W] from `given["depth"]` (nearness, as `parse` takes it), or from

@@ -51,7 +51,7 @@ def load_rgba(source) -> np.ndarray:
         return _from_array(np.asarray(source), "the image")
     if Path(source).suffix.lower() == ".npy":
         return _from_array(load_array(source), str(source))
-    return _managed(_existing(Path(source)), str(source))
+    return _managed(_existing(source), str(source))
 
 
 def load_numbers(source) -> np.ndarray:
@@ -61,7 +61,7 @@ def load_numbers(source) -> np.ndarray:
     `source` is a path or an array, which is returned as it is. Raises what `load_image` does.
     """
     if isinstance(source, str | os.PathLike):
-        return decode(_existing(Path(source)), str(source), numbers)
+        return decode(_existing(source), str(source), numbers)
     return np.asarray(source)
 
 
@@ -85,19 +85,21 @@ def load_region(source) -> np.ndarray:
 def load_array(path) -> np.ndarray:
     """Reads a .npy file; raises ValueError, one line naming the file, where that fails."""
     try:
-        return np.load(_existing(Path(path)), allow_pickle=False)
+        return np.load(_existing(path), allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
         if str(path) in str(error):
             raise ValueError(str(error)) from error
         raise ValueError(f"{path} is not a readable .npy file (arrays of plain numbers)") from error
 
 
-def _existing(path: Path) -> Path:
+def _existing(path: str | os.PathLike) -> Path:
+    if not str(path).strip():
+        raise ValueError(f"{str(path)!r} names no file")
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, not a file")
     if not os.path.exists(path):  # where a name is too long, too
         raise ValueError(f"{path} does not exist")
-    return path
+    return Path(path)
 
 
 def _managed(file, path: str) -> np.ndarray:

@@ -56,6 +56,7 @@ class Instances(Condition):
         "classes": Feature((MAX_IDS,), "int32", "raw"),
     }
     tool = "segmenter"
+    reads = ("instances", "masks", "classes")
 
     def extract(self, images, given=None, tool=None) -> dict[str, np.ndarray]:
         """{"ids": uint8 [B, H, W], "classes": int32 [B, 32]}, class 0 unknown.

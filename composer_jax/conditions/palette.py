@@ -94,6 +94,7 @@ class Palette(Condition):
     keep_probability = 0.5
     parts: Mapping[str, Part] = {"vector": Part("vector", (BINS,), norm=0.3)}
     feature = Feature((BINS,), "float32", "raw")
+    reads = ("alpha",)
 
     def __init__(self, s: float = 10.0):
         """`s`: the smoothing's width in CIELab units (10 in VideoComposer's configuration)."""

@@ -25,6 +25,7 @@ class Semantics(Condition):
     parts: Mapping[str, Part] = {"vector": Part("vector", ("embed_width",), norm=1.0)}
     feature = Feature(("embed_width",), "float32", "raw")
     tool = "clip"
+    reads = ()
 
     def extract(self, images, given=None, tool=None) -> np.ndarray:
         """float32 [B, E] by the tool. Raises ValueError without one."""

@@ -46,6 +46,7 @@ class Sketch(Condition):
     parts: Mapping[str, Part] = {"map": Part("spatial", (1,))}
     feature = Feature(("h", "w"), "uint8", "png", "lines")
     tool = "edges"
+    reads = ()
 
     def __init__(
         self,

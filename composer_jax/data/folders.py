@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ import numpy as np
 from composer_jax.conditions.image import load_image
 from composer_jax.data.metadata import TABLES, TEXTS, beside, described
 from composer_jax.data.sources import Crop, Images, image_suffixes
+from composer_jax.storage.series import CALL, RESULT
+from composer_jax.utils.owned import MANIFEST, written
 
 
 class Folder(Images):
     """All images under a folder but hidden ones; links to folders are followed, each once.
+
+    What commands wrote there is left out: conditions, grids, and samples unless there is nothing
+    else.
 
     Captions: `metadata.jsonl`, `metadata.csv` or `metadata.parquet` in any of its folders, with
     `file_name` and one of `CAPTIONS`; where these say nothing, a file of `TEXTS` beside the image.
@@ -28,6 +34,9 @@ class Folder(Images):
         super().__init__(f"folder:{folder}", size, crop)
         self.folder = folder
         files, left_out = _files(folder)
+        if ours := _written(folder, files):
+            left_out["written by composer"] = sorted(ours)
+            files = dict.fromkeys(name for name in files if name not in ours)
         tables = {name: partial(open, folder / name, "rb")
                   for name in files if name.rpartition("/")[2] in TABLES}  # fmt: skip
         found, suffixes = described(self.name, tables, files), image_suffixes()
@@ -66,6 +75,20 @@ class Folder(Images):
 
     def _text(self, name: str) -> Any:
         return beside(os.path.splitext(name)[1].lower(), (self.folder / name).read_bytes())
+
+
+def _written(folder: Path, files: Mapping[str, None]) -> set[str]:
+    """Images that commands wrote: those that they list; samples, where there is anything else."""
+    images = {name for name in files if os.path.splitext(name)[1].lower() in image_suffixes()}
+    listed, results = set(), set()
+    for name in files:
+        prefix, last = name[: name.rfind("/") + 1], name.rpartition("/")[2]
+        if last == MANIFEST:
+            listed |= {prefix + one for one in written(folder / prefix)}
+        elif RESULT.fullmatch(last) and prefix + CALL in files:
+            results.add(name)
+    listed &= images
+    return listed | results if images - listed - results else listed
 
 
 def _files(folder: Path) -> tuple[dict[str, None], dict[str, list[str]]]:

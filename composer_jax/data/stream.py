@@ -289,6 +289,14 @@ def _parse(text: str) -> list[tuple[float, str]]:
     return found
 
 
+def folders_of(text: str) -> list[Path]:
+    """The folders that a source reads: of caches and of a folder, no others."""
+    if is_cache(text):
+        return [Path(path) for _, path in _parse(text)]
+    kind, _, rest = text.partition(":")
+    return [Path(rest)] if kind == "folder" else []
+
+
 def _normalised(weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(weight / sum(weights) for weight in weights)
 

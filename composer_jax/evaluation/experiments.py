@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -100,13 +101,21 @@ class Samples:
     """Samples of cells in `folder`, in parts of `PART` images; what is there is not made again.
 
     `call`: everything that decides what the images are but their numbers, as JSON's types; written
-    with the first part. Raises as `utils.claims.Claim` does, and writes nothing.
+    with the first part; `former`: what keys mean that it may be older than. Raises as
+    `utils.claims.Claim` does, and writes nothing.
     """
 
-    def __init__(self, folder: Path, call: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        call: Mapping[str, Any],
+        former: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self._folder = folder / "samples"
         there = sorted(self._folder.glob("*.npz"))
-        self._claim = Claim(folder, CALL, call, results=there, tag_of=_tag, more=MORE)
+        self._claim = Claim(
+            folder, CALL, call, results=there, tag_of=_tag, more=MORE, former=former
+        )
 
     def _path(self, cell: Cell, seed: int, start: int) -> Path:
         return self._folder / f"{cell.name} {seed} {start:06d}.npz"

@@ -298,14 +298,16 @@ class Pipeline:
         check_extras(options, extras, inversion="way" in how, probe="probe" in how)
         if options.autoguidance != 1.0 and self.guide is None:
             raise ValueError("autoguidance needs a second model, the pipeline's guide")
-        for line in idle(options, said, uses, "noise" in extras, seeds):
-            if line not in self._told:
-                self._told.add(line)
-                log.warning(line)
+        lines = list(idle(options, said, uses, "noise" in extras, seeds))
         image = extras.pop("image", None)
         if image is not None:
             extras["known"] = self.encode(image)
-        return make_job(self._frame, options, uses, stored, seeds, **extras, **how)
+        job = make_job(self._frame, options, uses, stored, seeds, **extras, **how)
+        for line in lines:  # not of a call that is refused
+            if line not in self._told:
+                self._told.add(line)
+                log.warning(line)
+        return job
 
     def _run(self, job: Job, first: int = 0) -> Iterator[tuple[dict[str, np.ndarray], slice]]:
         """Results of one microbatch after the other, and which of their rows are wanted."""

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from composer_jax.utils.png import png_fault, png_tag, save_png
 
 log = logging.getLogger("composer_jax")
 CALL = "call.json"
+RESULT = re.compile(r"\d{4,}\.png")
 MORE = ("grid.png", "report.html", "previews")  # what commands add
 
 
@@ -27,13 +29,18 @@ class Series:
     """Images OUT/0000.png, 0001.png, ... of one call, and what is made of them (`MORE`).
 
     `call`: everything but the count that decides what the images are, as JSON's types; written to
-    OUT/call.json with the first image. Raises as `utils.claims.Claim` does, and writes nothing.
+    OUT/call.json with the first image; `former`: what keys mean that it may be older than. Raises
+    as `utils.claims.Claim` does, and writes nothing.
     """
 
-    def __init__(self, out: Path, call: Mapping[str, Any]):
+    def __init__(
+        self, out: Path, call: Mapping[str, Any], former: Mapping[str, Any] = MappingProxyType({})
+    ):
         self.out = out
-        there = sorted(path for path in out.glob("*.png") if re.fullmatch(r"\d{4,}", path.stem))
-        self._claim = Claim(out, CALL, call, results=there, tag_of=png_tag, more=MORE)
+        there = sorted(path for path in out.glob("*.png") if RESULT.fullmatch(path.name))
+        self._claim = Claim(
+            out, CALL, call, results=there, tag_of=png_tag, more=MORE, former=former
+        )
 
     def path(self, index: int) -> Path:
         """The file of an image."""

@@ -22,6 +22,7 @@ from composer_jax.conditions.base import meant
 from composer_jax.training.schema import check_together, check_values
 from composer_jax.utils.atomic import write_json
 from composer_jax.utils.claims import differing, plain, read_claim
+from composer_jax.utils.values import expand_user
 
 log = logging.getLogger("composer_jax")
 
@@ -114,6 +115,8 @@ def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
         for key, value in flat(config).items():
             if hasattr(value, "tolist"):  # numpy's
                 _set(config, key, value.tolist())
+            elif isinstance(value, str):
+                _set(config, key, expand_user(value))
     for override in overrides:
         _override(config, override)
     check_values(flat(config))
@@ -202,7 +205,7 @@ def _read(text: str, old: Any) -> Any:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
         if isinstance(old, tuple | list):
-            value = tuple(word for word in text.split(",") if word)
+            value = tuple(text.split(",")) if text.strip() else ()
     if isinstance(old, tuple | list) and not isinstance(value, tuple | list):
         value = (value,)
     if isinstance(old, float) and type(value) is int:

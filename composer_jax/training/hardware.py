@@ -117,10 +117,10 @@ def devices_of(topology: str) -> list:
             f"{', '.join(PLANNED)}, or 'here'"
         )
     axes = CHIPS[name].axes
-    example = "2x2x1" if axes == 3 else "4x4"
+    example = f"{name}:{'2x2x1' if axes == 3 else '4x4'}"
     if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (axes - 1), shape):
         raise ValueError(f"topology {topology!r}: {name} comes in {axes} dimensions, for example "
-                         f"{name}:{example}")  # fmt: skip
+                         f"{example}; each is a whole number from 1")  # fmt: skip
     for key, value in WITHOUT_TPU.items():
         os.environ.setdefault(key, value)
     try:
@@ -137,5 +137,5 @@ def devices_of(topology: str) -> list:
         return list(found.devices)
     except Exception as error:  # jaxlib raises its runtime error, and others by version
         reason = str(error).strip().splitlines()[0][:200]
-        message = f"no topology {topology!r} ({reason}); for example {name}:{example}"
+        message = f"no topology {topology!r} ({reason}); for example {example}"
         raise ValueError(message) from error

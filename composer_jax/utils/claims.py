@@ -7,9 +7,11 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from composer_jax.utils.atomic import check_writable, write_json
+from composer_jax.utils.values import expand_user
 
 log = logging.getLogger("composer_jax")
 
@@ -19,9 +21,9 @@ class Claim:
 
     `call`: all that decides what the results are, as JSON's types. `results`: what is there of
     files that carry the `tag` of their call, which `tag_of` reads; `more`: names of all else that
-    the call writes. Raises ValueError, naming what differs, where the folder holds results of
-    another call, or of one that nothing tells, or cannot be a folder; `WriteError` where nothing
-    can be written.
+    the call writes; `former`: what keys mean that a description may be older than. Raises
+    ValueError, naming what differs, where the folder holds results of another call, or of one that
+    nothing tells, or cannot be a folder; `WriteError` where nothing can be written.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Claim:
         results: Sequence[Path],
         tag_of: Callable[[Path], str | None],
         more: Sequence[str] = (),
+        former: Mapping[str, Any] = MappingProxyType({}),
     ):
         check_writable(folder)
         self._path, self._call = folder / name, plain(call)
@@ -44,6 +47,7 @@ class Claim:
         except ValueError:  # damaged: see below
             old = None
         if old is not None:
+            old = plain(former) | old
             if key := differing(old, self._call):
                 raise ValueError(
                     f"{folder} holds results of another {key}{_values(old, self._call, key)}; give "
@@ -79,7 +83,7 @@ def _values(old: Mapping, new: Mapping, key: str) -> str:
 
 
 def read_claim(path: Path, remedy: str = "") -> dict[str, Any] | None:
-    """The call that `path` describes, None where it is not there.
+    """The call that `path` describes, None where it is not there; "~" in it is expanded.
 
     Raises ValueError naming the file, and the remedy, where it cannot be read as a JSON object.
     """
@@ -91,12 +95,12 @@ def read_claim(path: Path, remedy: str = "") -> dict[str, Any] | None:
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged, it is no JSON object{remedy and '; ' + remedy}")
-    return found
+    return expand_user(found)
 
 
 def plain(call: Mapping[str, Any]) -> dict[str, Any]:
     """A call as JSON gives it back, so that it can be compared with one that was read."""
-    return json.loads(json.dumps(call))
+    return json.loads(json.dumps(dict(call)))
 
 
 def differing(

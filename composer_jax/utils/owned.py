@@ -50,6 +50,15 @@ def foreign(folder: Path) -> list[str]:
     ]
 
 
+def written(folder: Path) -> set[str]:
+    """The files in `folder` that its list names and that are still as we wrote them."""
+    return {
+        name
+        for name, mark in _listed(folder).items()
+        if _is_plain(folder / name) and _mark(folder / name) == mark
+    }
+
+
 def check_ours(path: Path, files: Iterable[str] | None = None) -> None:
     """Raises ValueError where replacing the folder `path`, or `files` in it, would lose what we
     did not write; a message names it."""
@@ -97,9 +106,12 @@ def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.read_bytes() == content
 
 
-def check_apart(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
-    """Raises ValueError where an output is an input, lies in one, or holds one; links count as
-    what they lead to. An input that does not exist, as a hub's name, is passed over."""
+def check_apart(
+    outputs: Iterable[Path], inputs: Iterable[str | Path], *, may_hold: bool = False
+) -> None:
+    """Raises ValueError where an output is an input, lies in one, or, unless it `may_hold` one,
+    holds one; links count as what they lead to. An input that does not exist, as a hub's name, is
+    passed over."""
     for given in inputs:
         there = Path(os.path.realpath(given))
         for out in outputs if there.exists() else ():
@@ -108,7 +120,7 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
                 raise ValueError(f"{out} is what is read; give another place to write to")
             if place.is_relative_to(there):
                 raise ValueError(f"{out} lies in {given}, which is read; give another place")
-            if there.is_relative_to(place):
+            if there.is_relative_to(place) and not may_hold:
                 raise ValueError(f"{out} holds {given}, which is read; give another place")
 
 

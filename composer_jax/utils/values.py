@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import numbers
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,16 @@ def shown(value: Any) -> str:
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def expand_user(value: Any) -> Any:
+    """Texts with the home folder for "~" where a path may begin: first, or after "=" or ":", which
+    no shell expands. Lists and dicts as they are, with such texts."""
+    if isinstance(value, str):
+        return re.sub(r"(?<![^=:])~[\w.-]*(?=/|$)", lambda m: os.path.expanduser(m[0]), value)
+    if isinstance(value, dict):
+        return {key: expand_user(one) for key, one in value.items()}
+    return [expand_user(one) for one in value] if isinstance(value, list) else value
 
 
 def whole(least: int, most: int = MOST) -> Allowed:

@@ -4,6 +4,7 @@ import argparse
 import importlib
 
 import pytest
+from PIL import Image
 
 from composer_jax.cli import COMMANDS, Parser, main
 
@@ -34,7 +35,7 @@ def test_every_option_has_a_type_that_refuses_what_it_cannot_be(command):
     values = {f"{o}{n}" for n in conditions.names() for o in ("", "own.")}
     values |= {f"{n}.negative" for n in conditions.names()}  # read by the condition itself
     for parser, action in options(command):
-        if action.dest in values or action.dest == "experiments":
+        if action.dest in values:
             continue
         assert action.type or action.choices, f"{command}: {action.dest} takes anything"
         with pytest.raises((ValueError, argparse.ArgumentError), match=r"^argument ") as refused:
@@ -67,7 +68,12 @@ def test_what_is_no_seed_is_refused(words, value, tmp_path, capsys):
         ("sample --out OUT --model=", "--model: the value is ''"),
         ("sample --out OUT --count 1e9", "--count: the value is '1e9'"),
         ("sample --out OUT --use depht", "did you mean 'depth'"),
-        ("sample --out OUT --use depth,depth", "names a condition twice"),
+        ("sample --out OUT --use depth,depth", "--use: 'depth,depth' names depth twice"),
+        ("decompose a.png --out OUT --only depth,", "--only: no condition ''"),
+        ("evaluate --out OUT --experiments alone,alone", "'alone,alone' names alone twice"),
+        ("evaluate --out OUT --experiments alone,,pairs", "--experiments: the value is ''"),
+        ("evaluate --out OUT --experiments pair", "did you mean 'pairs'?"),
+        ("train --config scenes64 --workdir OUT --config.conditions depth,", "('depth', '')"),
         ("sample --out OUT --caption.window 0.6:0.2", "START:END with 0 <= START < END <= 1"),
         ("sample --out OUT --interval nan:1", "START:END"),
         ("sample --out /dev/null/x", "/dev/null is a file"),
@@ -83,6 +89,8 @@ def test_what_is_no_seed_is_refused(words, value, tmp_path, capsys):
         ("plan --config scenes64 --topology here --batch many", "--batch: the value is 'many'"),
         ("plan --config scenes64 --topology here --json /dev/null/x", "--json: /dev/null"),
         ("ema OUT --length 1e-300 --out OUT", "--length: the value is 1e-300"),
+        ("ema OUT --length .1 --out OUT", "OUT does not exist; the workdir of a run is wanted"),
+        ("ema /dev/null --length .1 --out OUT", "/dev/null is a file; the workdir of a run"),
         ("sweep --config ablations/ema --out OUT --jobs 0", "--jobs: the value is 0"),
         ("quickstart --config scenes64:nosuch --out OUT", "no variant 'nosuch'"),
     ],
@@ -91,7 +99,24 @@ def test_a_wrong_value_is_named_before_the_work(words, says, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([word.replace("OUT", str(out)) for word in words.split()]) == 2
     error = capsys.readouterr().err
-    assert says in error and error.count("\n") == 1 and not out.exists()
+    assert says.replace("OUT", str(out)) in error and error.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["prepare folder:IN --out IN/sub", "prepare folder:IN --out IN",
+     "evaluate --source folder:IN --out IN/sub",
+     "train --config scenes64:smoke --config.source=folder:IN --workdir IN/sub",
+     "train --config scenes64:smoke --config.held_out=folder:IN --workdir IN/sub",
+     "train --config scenes64:smoke --config.source=cache:IN --workdir IN/sub",
+     "train --config scenes64:smoke --config.source=2*cache:x+cache:IN --workdir IN/sub"],
+)  # fmt: skip
+def test_no_output_lies_in_a_folder_that_is_read(words, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    assert main(words.replace("IN", str(tmp_path)).split()) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "which is read; give another place" in error or "is what is read" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate", "compile"])

@@ -12,7 +12,7 @@ from PIL import Image
 
 import composer_jax as cj
 from composer_jax import conditions
-from composer_jax.cli import HUGE_PAGES, XLA_OPTIONS, main
+from composer_jax.cli import COMMANDS, HUGE_PAGES, XLA_OPTIONS, main
 from tests.small import small_config
 
 
@@ -47,6 +47,32 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "decompose" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_is_refused_before_anything_heavy_is_imported(command):
+    code = (
+        "import sys; from composer_jax.cli import main\n"
+        f"code = main(['{command}', '--workdir=x', '--out=/dev/null/x'])\n"
+        "assert code == 2 and not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "--out: /dev/null/x cannot be a folder: /dev/null is a file" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--out", "~/new"], ["--out=~/new"]])
+def test_the_home_folder_is_meant_where_a_shell_was_kept_from_saying_so(
+    words, photo, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["decompose", f"~/{photo.name}", "--only", "intensity", *words]) == 0
+    assert (tmp_path / "new" / photo.stem / "intensity.png").is_file()
+    for said in ("train --config scenes64 --workdir=~/y --config.codec=~/none",
+                 "prepare folder:~/none --out ~/y", "sample --model ~/none --out ~/y",
+                 "sample --mask ~/photo.jpg:region=~/none --out ~/y"):  # fmt: skip
+        assert f"{tmp_path}/none" in fails(capsys, *said.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", photo.name]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")

@@ -1,5 +1,7 @@
 """`composer sample` as its user meets it: reports, previews, going on, and refusals."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,6 +34,21 @@ def test_a_call_goes_on_and_reports(words, tmp_path, capsys):
     assert main([*words, "--out", str(out), "--guidance", "5"]) == 2
     assert "another guidance (2.0, now it is 5.0); give another --out" in capsys.readouterr().err
     assert np.asarray(Image.open(out / "grid.png")).shape == (66, 3 * 66, 3)
+
+
+def test_a_call_of_an_older_version_goes_on_and_says_that_it_makes_no_previews(
+    words, tmp_path, capsys, caplog
+):
+    call = [*words, "--out", str(tmp_path), "--count", "1"]
+    assert main(call) == 0
+    kept = json.loads((tmp_path / "call.json").read_text())
+    for key in ("precision", "steps_offset", "final", "shift"):
+        del kept[key]
+    (tmp_path / "call.json").write_text(json.dumps(kept))
+    assert main([*call, "--precision", "highest"]) == 2
+    assert "another precision ('default', now it is 'highest')" in capsys.readouterr().err
+    assert main([*call, "--previews", "1"]) == 0
+    assert caplog.messages == ["--previews does nothing: all images are there, none is made"]
 
 
 def test_a_call_goes_on_after_trouble(words, tmp_path, capsys, caplog):

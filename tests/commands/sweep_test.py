@@ -22,7 +22,7 @@ def get_sweep():
         "config": "scenes64:smoke",
         "overrides": ("steps=1", "conditions=palette", "source=scenes:8", *SMALL),
         "runs": {{"bad": ("source=folder:nowhere",), "good": ()}},
-        "evaluate": ("--count", 2, "--seeds", 1, "--steps", 1, "--experiments", ""),
+        "evaluate": ("--count", 2, "--seeds", 1, "--steps", 1, "--experiments", "alone"),
     }}
 """
 
@@ -82,7 +82,7 @@ def test_damaged_files_are_named_and_do_not_end_it(swept, tmp_path, capsys, capl
     ],
 )
 def test_words_for_evaluate_are_checked_before_the_first_run(tmp_path, capsys, words, said):
-    (tmp_path / "mine.py").write_text(FILE.replace('"--steps", 1, "--experiments", ""', words))
+    (tmp_path / "mine.py").write_text(FILE.replace('"--steps", 1, "--experiments", "alone"', words))
     call = ["sweep", "--config", str(tmp_path / "mine.py"), "--out", str(tmp_path / "out")]
     assert main(call) == 2
     assert said in capsys.readouterr().err
@@ -95,6 +95,25 @@ def test_what_others_wrote_is_not_written_over(swept, tmp_path, capsys):
     assert main([*words[:-1], str(tmp_path)]) == 2
     assert "holds table.csv, which is of no sweep" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('"good": ()', '"better": ()', "holds the run good-seed0, which mine does not have"),
+        ('"--count", 2', '"--count", 3', "holds evaluate as ['--count', '2'"),
+    ],
+)
+def test_another_sweep_leaves_the_tables_of_the_first(swept, tmp_path, capsys, old, new, says):
+    folder, words, _ = swept
+    (tmp_path / "mine.py").write_text(FILE.replace(old, new))
+    before = {path: path.read_bytes() for path in (folder / "out").iterdir() if path.is_file()}
+    assert main(["sweep", "--config", str(tmp_path / "mine.py"), *words[3:], "--table"]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert all(path.read_bytes() == content for path, content in before.items())
+    kept = json.loads((folder / "out" / "sweep.json").read_text())
+    assert sorted(kept) == ["bad-seed0", "evaluate", "good-seed0"]
 
 
 def test_processes_share_the_runs(swept, capsys, monkeypatch):

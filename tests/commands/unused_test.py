@@ -19,6 +19,7 @@ RED = ("--palette", "#d62828")
 BESIDE = {
     ("sample", "--use"): "--from",
     ("sample", "--from"): "--use",
+    ("sample", "--previews"): "images to make",
     **{
         ("sample", f"--{name}.{part}"): f"--{name}" for name in conditions.names() for part in PARTS
     },
@@ -72,7 +73,7 @@ BESIDE = {
 PROGRAM = "--model --size --dtype --precision --batch --steps --solver"
 SAMPLING = f"{PROGRAM} --seed --spacing --guidance"
 ALONE = {
-    "sample": f"--out --count --report --previews {SAMPLING}",
+    "sample": f"--out --count --report {SAMPLING}",
     "edit": f"--out --count --strength --region --garment-region {SAMPLING}",
     "evaluate": f"--out --source --source-seed --count --seeds --experiments {SAMPLING}",
     "compile": f"--out --rows --values --guide {PROGRAM}",
@@ -202,6 +203,7 @@ def photo(tmp_path_factory):
         ("sample --palette #fff --palette.strength 1.5", "strength"),
         ("sample --palette #fff --palette.window 0.1:0.2", "palette: window (0.1, 0.2) meets no"),
         ("sample --interval 0.6:0.9", "interval (0.6, 0.9) meets no evaluation"),
+        ("sample --interval 0.6:0.9 --guidance 1", "interval (0.6, 0.9) meets no evaluation"),
         ("sample --steps-offset 1 --spacing karras", "steps_offset is 1; it is for leading"),
         ("sample --from @", "--from IMAGE and --use CONDITIONS go together"),
         ("sample --use palette", "--from IMAGE and --use CONDITIONS go together"),

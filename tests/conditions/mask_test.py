@@ -236,6 +236,8 @@ def test_mistakes_are_named(mask, tmp_path):
     Image.fromarray(np.zeros((8, 30, 3), np.uint8)).save(tmp_path / "wide.png")
     for source, message in {
         f"{tmp_path}/a.png": r"a\.png has no transparency; allowed: IMAGE:region=PNG",
+        f"{tmp_path}/a.png:region=": "'' names no file",
+        f":region={tmp_path}/a.png": "'' names no file",
         f"{tmp_path}/a.png:{tmp_path}/none.png": r"none\.png does not exist",
         f"{tmp_path}/none.png": r"none\.png does not exist",
         f"{tmp_path}/a.png:{tmp_path}/wide.png": r"mask has shape \(8, 30\), the image \(8, 8\)",

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from composer_jax.data.sources import image_suffixes, open_source
+from composer_jax.utils.owned import record
 
 pytestmark = pytest.mark.fast
 
@@ -46,6 +47,26 @@ def test_whatever_pillow_reads_is_an_image_and_the_rest_is_named(tmp_path, caplo
         assert part in told
     assert "3 hidden (._a.png, .thumbnails/, __pycache__/)" in told
     assert not {".h5", ".mpg", ".heic", ".pdf"} & image_suffixes()
+
+
+def test_what_commands_wrote_is_no_photo(tmp_path, caplog):
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "2024.png")
+    draw(tmp_path / "samples" / "mine.png")
+    for name in ("0000.png", "0001.png"):
+        draw(tmp_path / "samples" / name)
+    (tmp_path / "samples" / "call.json").write_text("{}")
+    draw(tmp_path / "samples" / "grid.png")
+    record(tmp_path / "samples", [tmp_path / "samples" / "grid.png"])
+    for name in ("a/sketch.png", "a/depth.png", "changed.png"):
+        draw(tmp_path / name)
+    record(tmp_path, [tmp_path / name for name in ("a/sketch.png", "a/depth.png", "changed.png")])
+    draw(tmp_path / "changed.png", value=9)
+    assert set(captions(tmp_path)) == {"a.png", "2024.png", "samples/mine.png", "changed.png"}
+    told = "5 written by composer (a/depth.png, a/sketch.png, samples/0000.png, ...)"
+    assert told in "".join(caplog.messages)
+    (tmp_path / "samples" / "mine.png").unlink()  # who asks for samples alone gets them
+    assert set(captions(tmp_path / "samples")) == {"0000.png", "0001.png"}
 
 
 def test_links_to_folders_are_followed_once_and_loops_end(tmp_path, caplog):

@@ -43,6 +43,17 @@ def test_another_call_is_refused_by_what_differs(tmp_path):
         Series(tmp_path, {**CALL, "sketch": []})
 
 
+def test_a_call_from_before_there_was_a_key_goes_on(tmp_path):
+    Series(tmp_path, CALL).add(0, IMAGE)
+    former = {"precision": "default", "interval": (0.0, 1.0)}
+    new = {**CALL, **former}
+    with pytest.raises(ValueError, match="another interval"):
+        Series(tmp_path, new)
+    assert not Series(tmp_path, new, former).missing(1)
+    with pytest.raises(ValueError, match=r"another precision \('default', now it is 'high'\)"):
+        Series(tmp_path, {**new, "precision": "high"}, former)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"seed": 0'])
 def test_images_tell_of_which_call_they_are_where_the_file_that_says_it_is_lost(
     tmp_path, content, caplog

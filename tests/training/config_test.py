@@ -69,6 +69,23 @@ def test_a_config_file_by_path(tmp_path):
     assert load_config(f"{path}:five").seed == 5
 
 
+def test_the_home_folder_in_a_config_file_and_in_a_run_of_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path, kept = tmp_path / "mine.py", tmp_path / "config.json"
+    path.write_text(
+        "from composer_jax.configs import scenes64\n"
+        "def get_config():\n"
+        "    config = scenes64.get_config('smoke')\n"
+        "    config.codec, config.source = '~/codec', 'folder:~/photos'\n"
+        "    return config\n"
+    )
+    config = load_config(str(path))
+    assert (config.codec, config.source) == ("/home/me/codec", "folder:/home/me/photos")
+    keep_config(config, tmp_path)
+    kept.write_text(kept.read_text().replace("/home/me", "~"))
+    check_kept(config, tmp_path)
+
+
 def test_a_run_that_goes_on_has_the_same_config(tmp_path):
     keep_config(load_config("scenes64:smoke"), tmp_path)
     keep_config(load_config("scenes64:smoke", ["steps=9"]), tmp_path)

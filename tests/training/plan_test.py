@@ -190,6 +190,7 @@ def test_a_batch_in_which_nothing_is_stored_is_traced():
         (["--topology", "v5x:2x2"], "did you mean 'v5"),
         (["--topology", "v4:4x4"], "v4 comes in 3 dimensions, for example v4:2x2x1"),
         (["--topology", "tpu7x:4x4"], "tpu7x comes in 3 dimensions"),
+        (["--topology", "v5e:0x1"], "for example v5e:4x4; each is a whole number from 1"),
         (["--topology", "v7x:2x2x1"], "there are v4, v5e, v5p, v6e, tpu7x, or 'here'"),
         (["--topology", "v5p:4x4"], "v5p comes in 3 dimensions, for example v5p:2x2x1"),
         (["--topology", "here", "--batch", "many"], "from 1 to 1048576, or auto, is wanted"),
