@@ -44,7 +44,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Raises ValueError; unknown options and choices come with the closest known one."""
-        known = [option for action in self._actions for option in action.option_strings]
+        known = [word for action in self._actions for word in action.option_strings]
+        known.remove("--help")
         known += [str(choice) for action in self._actions for choice in action.choices or ()]
         word = re.search(r"unrecognized arguments: (\S+)|invalid choice: '([^']*)'", message)
         close = word and difflib.get_close_matches(

@@ -218,7 +218,7 @@ def _examples(
         text = f"scenes:{count}"
     source = open_source(text, size=pipe.size, seed=seed, split="test")
     drawn = source.drawn(count, seed)
-    reasons = {n: r for n, r in available(source, tools).items() if r and n in pipe.names}
+    reasons = {n: r for n, r in available(source, tools, pipe.names).items() if r}
     names = tuple(name for name in pipe.names if name not in reasons)
     if not names:
         raise ValueError(f"{text} gives none of the model's conditions: {reasons}")

@@ -42,17 +42,22 @@ class Extractors:
         """Those that are wanted, or, where that is empty, all that this source can give or holds;
         what it can give is asked once, and kept in `pools`, if there are any.
 
-        Raises ValueError for an unknown one; what is left out is named in the log.
+        Raises ValueError for an unknown one, or one that is wanted and cannot be given; what is left
+        out is named in the log.
         """
-        if wanted := wanted or getattr(source, "conditions", ()):
+        if isinstance(source, Caches):
+            wanted = wanted or source.conditions
             for name in wanted:
                 conditions.get(name)
             return tuple(wanted)
-        code = conditions.fingerprint(conditions.names())
-        key = ["available", source.key, len(source), source.size, self.made_by, code]
-        reasons = remembered(pools, key, lambda: available(source, self.tools))
+        names = tuple(wanted or conditions.names())
+        code = conditions.fingerprint(names)
+        key = ["available", source.key, len(source), source.size, self.made_by, names, code]
+        reasons = remembered(pools, key, lambda: available(source, self.tools, names))
         self.clip.cut.clear()  # of examples that are taken apart again
         for name, reason in reasons.items():
+            if reason and wanted:
+                raise ValueError(f"{source.name} cannot give {name}: {reason}")
             if reason:
                 log.warning("goes without %s: %s", name, reason)
         return tuple(name for name, reason in reasons.items() if reason is None)

@@ -61,11 +61,18 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def available(source: Source, tools: Mapping[str, Any]) -> dict[str, str | None]:
-    """For every known condition: None where this source and these tools give it, else why not."""
-    example = source.batch(np.arange(min(2, len(source))))
+def available(
+    source: Source, tools: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, str | None]:
+    """For each of some conditions: None where this source and these tools give it, else why not,
+    by its first examples that can be read."""
+    starts = range(0, len(source), 2)
+    examples = (source.batch(np.arange(start, min(start + 2, len(source)))) for start in starts)
+    example = next((one for one in examples if len(one["image"])), None)
+    if example is None:
+        raise ValueError(f"{source.name}: no usable image; skipped {len(source)}")
     reasons = {}
-    for name in conditions.names():
+    for name in names:
         condition = conditions.get(name)
         try:
             condition.extract(example["image"], example["given"], tools.get(condition.tool))

@@ -100,7 +100,10 @@ def _asked(text: str) -> tuple[str, dict[str, str]]:
     dataset, mark, rest = text.rpartition("#")
     if not mark:
         return text, {}
-    asked = dict(part.partition("=")[::2] for part in rest.split(","))
+    parts = [part.partition("=")[::2] for part in rest.split(",")]
+    asked = dict(parts)
+    if len(asked) < len(parts):
+        raise ValueError(f"source tfds:{text} names a field twice")
     for field, key in asked.items():
         if field not in FIELDS or not key:
             raise ValueError(
@@ -137,8 +140,8 @@ def choose(
         return {"image": image, "caption": asked["caption"]}
     words = [key for key in CAPTIONS if key in features and _holds_text(features[key].np_dtype)]
     labels = [key for key, feature in features.items() if isinstance(feature, library.ClassLabel)]
-    targets = [key for key in _leaves(supervised)
-               if isinstance(features.get(key), library.ClassLabel | library.Text)]  # fmt: skip
+    targets = [key for key in _leaves(supervised) if key in features  # the library's has no get()
+               and isinstance(features[key], library.ClassLabel | library.Text)]  # fmt: skip
     if not words and not labels and not targets:
         return {"image": image, "caption": None}
     return {"image": image, "caption": _only("caption", words[:1] or targets or labels, "label")}

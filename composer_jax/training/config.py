@@ -99,7 +99,8 @@ def load_config(text: str, overrides: Sequence[str] = ()) -> ConfigDict:
     else:
         import composer_jax.configs as package
 
-        known = [info.name for info in pkgutil.iter_modules(package.__path__)]
+        found = pkgutil.iter_modules(package.__path__)
+        known = [info.name for info in found if not info.ispkg]  # those are sweeps
         if path not in known:
             raise ValueError(f"no config {path!r}{meant(path, known)}; there are "
                              f"{', '.join(known)}, or give a .py file")  # fmt: skip

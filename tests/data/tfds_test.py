@@ -109,8 +109,9 @@ def test_features_are_chosen_by_what_the_dataset_says(kinds, features, supervise
     library, of_kind = kinds
     features = {name: of_kind[kind] for name, kind in (f.split(":") for f in features.split())}
     asked = dict(one.split("=") for one in asked.split())
-    for order in (list(features), list(features)[::-1]):
-        chosen = choose(library, {name: features[name] for name in order}, supervised, asked)
+    reverse = {name: features[name] for name in reversed(features)}
+    for given in (features, reverse, library.FeaturesDict(features)):
+        chosen = choose(library, given, supervised, asked)
         assert f"{chosen['image']} {chosen['caption']}" == wanted
 
 
@@ -137,6 +138,7 @@ def test_features_can_be_named(dataset):
     for wrong, message in {
         "#img=a": "'img'",
         "#image=": "image",
+        "#image=picture,image=picture": "names a field twice",
         "#image=x": "no image 'x'",
     }.items():
         with pytest.raises(ValueError, match=message):
