@@ -44,8 +44,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Raises ValueError; unknown options and choices come with the closest known one."""
-        known = [word for action in self._actions for word in action.option_strings]
-        known.remove("--help")
+        options = {word for action in self._actions for word in action.option_strings}
+        known = sorted(options - {"--help"})
         known += [str(choice) for action in self._actions for choice in action.choices or ()]
         word = re.search(r"unrecognized arguments: (\S+)|invalid choice: '([^']*)'", message)
         close = word and difflib.get_close_matches(

@@ -42,8 +42,8 @@ class Extractors:
         """Those that are wanted, or, where that is empty, all that this source can give or holds;
         what it can give is asked once, and kept in `pools`, if there are any.
 
-        Raises ValueError for an unknown one, or one that is wanted and cannot be given; what is left
-        out is named in the log.
+        Raises ValueError for an unknown one, or one that is wanted and cannot be given; else what
+        is left out is named in the log.
         """
         if isinstance(source, Caches):
             wanted = wanted or source.conditions
