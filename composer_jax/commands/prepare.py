@@ -23,7 +23,7 @@ from composer_jax.data.sources import Crop, Source, open_source
 from composer_jax.data.stream import folders_of
 from composer_jax.training.config import load_config
 from composer_jax.utils.atomic import check_writable
-from composer_jax.utils.owned import check_apart
+from composer_jax.utils.owned import check_not_read
 
 # what launchers tell a process: (which, how many, the first's number)
 SHARES = (
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         tell("--seed", "crops are of the centre, and nothing is mirrored")
     if not (args.out / "composer.json").exists():
         check_writable(args.out)
-    check_apart([args.out], folders_of(args.source), may_hold=True)
+    check_not_read(args.out, folders_of(args.source))
     index, count = share(os.environ)
     crop = Crop(args.crop == "random", args.flip, args.seed)
     source = open_source(args.source, size=config.image_size, seed=args.seed, crop=crop)

@@ -32,7 +32,7 @@ from composer_jax.training.sharding import make_mesh
 from composer_jax.training.step import only
 from composer_jax.training.tasks import Task, make_task, open_data, pools_folder
 from composer_jax.utils.atomic import check_writable
-from composer_jax.utils.owned import adopt, check_apart, record
+from composer_jax.utils.owned import adopt, check_not_read, record
 from composer_jax.utils.png import save_png
 from composer_jax.utils.precision import matmul_precision
 
@@ -92,9 +92,8 @@ def train(config: ConfigDict, workdir: Path) -> Task:
     """
     check_values(flat(config))
     check_together(config)
-    made = [workdir, *filter(None, [config.pools])]
-    for source in filter(None, (config.source, config.held_out)):
-        check_apart(made, folders_of(source), may_hold=True)
+    for source in (config.source, config.held_out):
+        check_not_read(workdir, folders_of(source))
     check_writable(workdir)
     with matmul_precision(config.get("precision")):
         return _train(config, workdir)

@@ -106,21 +106,23 @@ def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.read_bytes() == content
 
 
-def check_apart(
-    outputs: Iterable[Path], inputs: Iterable[str | Path], *, may_hold: bool = False
-) -> None:
-    """Raises ValueError where an output is an input, lies in one, or, unless it `may_hold` one,
-    holds one; links count as what they lead to. An input that does not exist, as a hub's name, is
-    passed over."""
+def check_not_read(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raises ValueError where an output is an input; links count as what they lead to."""
+    if os.path.realpath(out) in map(os.path.realpath, inputs):
+        raise ValueError(f"{out} is what is read; give another place to write to")
+
+
+def check_apart(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """Raises ValueError where an output is an input, lies in one, or holds one; links count as
+    what they lead to. An input that does not exist, as a hub's name, is passed over."""
     for given in inputs:
         there = Path(os.path.realpath(given))
         for out in outputs if there.exists() else ():
             place = Path(os.path.realpath(out))
-            if place == there:
-                raise ValueError(f"{out} is what is read; give another place to write to")
+            check_not_read(out, [given])
             if place.is_relative_to(there):
                 raise ValueError(f"{out} lies in {given}, which is read; give another place")
-            if there.is_relative_to(place) and not may_hold:
+            if there.is_relative_to(place):
                 raise ValueError(f"{out} holds {given}, which is read; give another place")
 
 
