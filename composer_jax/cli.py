@@ -24,7 +24,7 @@ COMMANDS = {
     "prepare": "take a whole source apart once, into a cache that train reads",
     "train": "train a composer, or its codec, CLIP or depth regressor",
     "ema": "average a run's parameters over any length, afterwards",
-    "plan": "compile a train step for hardware that is not there, and say what it costs",
+    "plan": "compile a train step for hardware you do not have, and say what it costs",
     "convert": "bring Stable Diffusion, CLIP and depth weights in, take networks to diffusers",
     "sample": "make images from any subset of conditions",
     "edit": "vary, blend, recolour, restyle, translate and repaint images",

@@ -57,7 +57,7 @@ CHIPS = {
     "a10": Chip(("NVIDIA A10",), 125e12, 22 * GIB, 600e9),
 }
 PLANNED = tuple(name for name, chip in CHIPS.items() if chip.link)
-# libtpu for chips that are not there: it asks no machine, takes no chip, and logs nothing of it
+# libtpu for chips that this machine lacks: asks no machine, takes no chip, logs nothing of it
 WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -102,7 +102,7 @@ def step_flops(compiled, device) -> float:
 
 
 def devices_of(topology: str) -> list:
-    """The devices of "here", or of hardware that is not there: "v5p:4x4x4", "v5e:4x4".
+    """The devices of "here", or of hardware that this machine lacks: "v5p:4x4x4", "v5e:4x4".
 
     A shape counts chips; a chip of tpu7x is two devices, of all others one.
 
@@ -127,7 +127,7 @@ def devices_of(topology: str) -> list:
         import libtpu  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "a TPU that is not there needs libtpu: pip install 'composer-jax[tpu]'"
+            "planning for a TPU from elsewhere needs libtpu: pip install 'composer-jax[tpu]'"
         ) from error
     from jax.experimental import topologies
 
