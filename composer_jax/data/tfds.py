@@ -136,6 +136,8 @@ def choose(
     image = asked.get("image") or _only("image", leading or photos or images, "image")
     if image not in images:
         raise ValueError(f"{image!r} is no image; images are {_list(images)}")
+    if asked.get("caption") in images:
+        raise ValueError(f"{asked['caption']!r} is an image, and no caption")
     if "caption" in asked:
         return {"image": image, "caption": asked["caption"]}
     words = [key for key in CAPTIONS if key in features and _holds_text(features[key].np_dtype)]

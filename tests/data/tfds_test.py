@@ -123,6 +123,7 @@ def test_features_are_chosen_by_what_the_dataset_says(kinds, features, supervise
         ("label:l", "", "it has no image; it has label"),
         ("image:i label:l", "caption=lable", "there is no caption 'lable' .did you mean 'label'"),
         ("image:i label:l", "image=label", "'label' is no image; images are image"),
+        ("image:i seen:i", "caption=seen", "'seen' is an image, and no caption"),
     ],
 )
 def test_what_decides_nothing_is_refused_with_the_candidates(kinds, features, asked, message):
