@@ -16,7 +16,7 @@ import numpy as np
 
 from composer_jax.diffusion.process import Process
 from composer_jax.models.composer import ComposerConfig
-from composer_jax.models.files import FORMAT, Tensor, open_tensors, read_json
+from composer_jax.models.files import FORMAT, Tensor, open_tensors, read_json, values_of
 from composer_jax.models.pretrained import KINDS, Pretrained
 
 CAPTION, WORDS = "caption", "caption_tokens"
@@ -35,12 +35,10 @@ def open_caption_unet(folder: Path) -> tuple[Pretrained, Mapping[str, Tensor], t
     info, path = read_json(folder / "model.json"), folder / "unet.safetensors"
     if info.get("format") != FORMAT:
         raise ValueError(f"{folder}: format {info.get('format')}; this version reads {FORMAT}")
-    try:
+    with values_of(folder / "model.json"):
         config = ComposerConfig.from_dict(info["composer"])
         about = {"process": dict(info["process"]), "sampler": dict(info.get("sampler", {}))}
         Process.from_dict(about["process"])  # what is no process is said here
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'model.json'} is broken: {error!r}") from error
     latent = config.unet.in_channels - config.local_channels
     if CAPTION not in config.conditions or CAPTION not in info.get("absent", {}):
         raise NoCounterpart(

@@ -28,6 +28,7 @@ from composer_jax.models.files import (
     open_tensors,
     read_json,
     refuse_pickle,
+    values_of,
 )
 from composer_jax.models.hub import find_folder
 from composer_jax.models.initializers import abstract
@@ -319,7 +320,8 @@ def _ours(root: Path, place: str, values: dict, kind: Kind) -> Pretrained:
     if values["format"] != FORMAT:
         raise ValueError(f"{root / place}: format {values['format']}; this version reads {FORMAT}")
     if place.endswith("model.json"):  # of a composer, whose file holds more than its UNet
-        config = kind.config.from_dict(values["composer"]["unet"])
+        with values_of(root / place):
+            config = kind.config.from_dict(values["composer"]["unet"])
         path = find_weights(root, str(Path(place).parent / "unet"))
         tensors = {
             name.removeprefix("unet."): tensor
@@ -328,13 +330,15 @@ def _ours(root: Path, place: str, values: dict, kind: Kind) -> Pretrained:
         }
     else:
         known = {k: v for k, v in values.items() if k not in ("format", "kind", *ABOUT)}
-        config = kind.config.from_dict(known)
+        with values_of(root / place):
+            config = kind.config.from_dict(known)
         path = find_weights(root, str(Path(place).parent / "model"))
         tensors = open_tensors(path, root)
     wanted = module_tensors(_abstract(kind, config))
     compare({name: t.shape for name, t in wanted.items()}, tensors, str(path))
-    about = {"process": {}} | {key: dict(values[key]) for key in ABOUT if key in values}
-    Process.from_dict(about["process"])  # what is no process is said here
+    with values_of(root / place):
+        about = {"process": {}} | {key: dict(values[key]) for key in ABOUT if key in values}
+        Process.from_dict(about["process"])  # what is no process is said here
     return Pretrained(kind, config, tensors, str(path), **about)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from composer_jax.conditions.image import fit_photo, fit_region
 from composer_jax.diffusion import Use, as_uses, inversion
 from composer_jax.diffusion.process import Process
 from composer_jax.models.clip import Clip
+from composer_jax.models.files import values_of
 from composer_jax.sampling.compiled import Programs
 from composer_jax.sampling.job import Frame, Job, make_job, place
 from composer_jax.sampling.options import EXTRAS, Options, check_extras, idle
@@ -48,9 +50,11 @@ class Pipeline:
     def __init__(self, model: Model, guide: Model | None = None, size: int | None = None):
         self.model, self.guide = model, guide
         self.names: tuple[str, ...] = model.composer.config.conditions
-        self.process = Process.from_dict(model.info["process"])
-        self.size: int = _checked_size(model, size)
-        self.defaults = Options().but(**model.info["sampler"])
+        with values_of(model.clip.parent / "model.json"):
+            self.process = Process.from_dict(model.info["process"])
+            own_size = operator.index(model.info["image_size"])
+            self.defaults = Options().but(**model.info["sampler"])
+        self.size: int = own_size if size is None else _checked_size(model, size)
         if guide is not None:
             for what in ("image_size", "process"):
                 if _same(guide.info, what) != _same(model.info, what):
@@ -328,9 +332,7 @@ class Pipeline:
             look(index, images)
 
 
-def _checked_size(model: Model, size: int | None) -> int:
-    if size is None:
-        return model.info["image_size"]
+def _checked_size(model: Model, size: int) -> int:
     unet = model.composer.config.unet
     step = model.vae.factor * unet.patch * 2 ** (len(unet.block_out_channels) - 1)
     if not isinstance(size, int) or size < step or size % step:

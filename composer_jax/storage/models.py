@@ -30,6 +30,7 @@ from composer_jax.models.files import (
     module_tensors,
     open_tensors,
     read_json,
+    values_of,
     write_tensors,
 )
 from composer_jax.models.foreign import refuse_inputs
@@ -120,7 +121,8 @@ def load_objects(folder: Path, dtype=jnp.float32) -> ObjectDetector:
 def _load_detector(folder: Path, kind: type, config_kind: type, dtype) -> nnx.Module:
     values = read_json(folder / "config.json")
     values = {key: value for key, value in values.items() if key not in ("format", "kind")}
-    part = abstract(kind, config_kind.from_dict(values), dtype=dtype)
+    with values_of(folder / "config.json"):
+        part = abstract(kind, config_kind.from_dict(values), dtype=dtype)
     path = folder / "model.safetensors"
     fill_module(part, open_tensors(path), str(path), dtype)
     return part
@@ -174,14 +176,12 @@ def load_model(where: str | Path | None = None, dtype=None) -> Model:
     info = read_json(folder / "model.json")
     if info.get("format") != FORMAT:
         raise ValueError(f"{folder}: format {info.get('format')}; this version reads {FORMAT}")
-    try:
+    with values_of(folder / "model.json"):
         config = ComposerConfig.from_dict(info["composer"])
         absent = {
             name: {part: np.zeros(config.parts(name)[part].shape) for part in parts}
             for name, parts in info["absent"].items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'model.json'} is broken: {error!r}") from error
 
     dtype = dtype or default_dtype()
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, "float32", "bfloat16", "float16"):

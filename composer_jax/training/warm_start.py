@@ -17,7 +17,7 @@ import numpy as np
 
 from composer_jax.diffusion.process import MEANING
 from composer_jax.models.composer import ComposerConfig
-from composer_jax.models.files import Tensor, dotted, open_tensors, read_json
+from composer_jax.models.files import Tensor, dotted, open_tensors, read_json, values_of
 from composer_jax.models.pretrained import Pretrained
 
 
@@ -64,8 +64,10 @@ def going_on(
     ValueError where the two differ in anything else but how much context there may be.
     """
     info = read_json(folder / "model.json")
-    trained, known = dict(info["composer"]), info["composer"]["conditions"]
-    trained = {**trained.pop("unet"), **trained}
+    with values_of(folder / "model.json"):
+        trained, known = dict(info["composer"]), info["composer"]["conditions"]
+        trained = {**trained.pop("unet"), **trained}
+        process = {key: info["process"][key] for key in MEANING if key in info["process"]}
     asked = config.to_dict()
     asked = {**asked.pop("unet"), **asked}
     for key in sorted(asked.keys() - {"conditions", "context_length"}):
@@ -77,7 +79,6 @@ def going_on(
         for name, tensor in open_tensors(folder / "unet.safetensors").items()
         if not name.startswith("absent.") and not name.split(".")[1].startswith(gone)
     }
-    process = {key: info["process"][key] for key in MEANING if key in info["process"]}
     return tensors, process, known
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from composer_jax.models.files import in_memory, module_tensors, open_tensors, write_tensors
+from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.models import load_model
 
 pytestmark = pytest.mark.fast
@@ -61,3 +62,32 @@ def test_broken_models_are_named(copy, tmp_path):
         load_model(copy)
     with pytest.raises(ValueError, match=r"has no model\.json"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("model.json", ("process",)),
+        ("model.json", ("process", "prediction")),
+        ("model.json", ("sampler",)),
+        ("model.json", ("image_size",)),
+        ("model.json", ("absent", "depth")),
+        ("model.json", ("composer", "unet")),
+        ("model.json", ("composer", "unet", "heads")),
+        ("vae/config.json", ("latent_mean",)),
+        ("vae/config.json", ("block_out_channels",)),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file(copy, name, keys):
+    path = copy / name
+    content = json.loads(path.read_text())
+    for wrong in ("x", None, [{}]):
+        node = changed = json.loads(json.dumps(content))
+        for key in keys[:-1]:
+            node = node[key]
+        node[keys[-1]] = wrong
+        path.unlink()
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=name) as caught:
+            Pipeline.load(copy)
+        assert "\n" not in str(caught.value)
