@@ -24,6 +24,13 @@ def prepare(source, out, *options):
     return main(["prepare", str(source), "--out", str(out), ONLY, "--shard-size", "8", *options])
 
 
+def words(source, out):
+    """The same as a command of its own process."""
+    code = "import sys; from composer_jax.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", code, "prepare", source, "--out", str(out), ONLY,
+            "--shard-size", "8"]  # fmt: skip
+
+
 def whole(folder):
     """Every example of a finished cache."""
     cache = Caches(f"cache:{folder}")
@@ -91,9 +98,7 @@ def test_processes_share_the_work_and_end_in_one_dataset(photos, prepared, tmp_p
 
 def test_kills_lose_only_the_shards_in_flight(photos, prepared, tmp_path):
     out = tmp_path / "killed"
-    code = "import sys; from composer_jax.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "prepare", f"folder:{photos}", ONLY,
-               "--shard-size", "8", "--out", str(out)]  # fmt: skip
+    command = words(f"folder:{photos}", out)
     for shards in (1, 3):
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(list((out / "shards").glob("*.json"))) < shards and child.poll() is None:
@@ -107,6 +112,20 @@ def test_kills_lose_only_the_shards_in_flight(photos, prepared, tmp_path):
     for path in prepared.rglob("*.*"):
         assert path.read_bytes() == (out / path.relative_to(prepared)).read_bytes(), path
     assert not list(out.rglob("*.part"))
+
+
+def test_two_at_once_that_know_nothing_of_each_other_end_in_one_dataset(photos, prepared, tmp_path):
+    out = tmp_path / "both"
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(words(f"folder:{photos}", out), **told) for _ in range(2)]
+    for one in both:
+        said, errors = one.communicate()
+        assert one.returncode == 0 and "40 examples in 6 shards" in said, errors
+    found, wanted = ({path.relative_to(folder) for path in folder.rglob("*")}
+                     for folder in (out, prepared))  # fmt: skip
+    assert found == wanted
+    for name in (name for name in wanted if (out / name).is_file()):
+        assert (out / name).read_bytes() == (prepared / name).read_bytes(), name
 
 
 def test_a_shard_of_broken_files_alone_is_no_trouble(photos, tmp_path, capsys):
