@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     """Writes OUT/<image stem>/<condition>.npy and .png and OUT/contact_sheet.png."""
     pictures = {path: load_rgba(path) for path in args.image}
     images = {path: on_white(picture) for path, picture in pictures.items()}
-    stems = [path.stem for path in images]
+    stems = [path.stem for path in args.image]
     if len(set(stems)) < len(stems):
         raise ValueError("two images have the same name; their results would share a folder")
     check_writable(args.out)

@@ -218,6 +218,7 @@ def _examples(
         text = f"scenes:{count}"
     source = open_source(text, size=pipe.size, seed=seed, split="test")
     drawn = source.drawn(count, seed)
+    _check_count(text, len(drawn))
     reasons = {n: r for n, r in available(source, tools, pipe.names).items() if r}
     names = tuple(name for name in pipe.names if name not in reasons)
     if not names:
@@ -231,9 +232,13 @@ def _examples(
     pipe.clip.report_cut()
     source.tell()
     images = np.concatenate(images)
-    if len(images) < 2:
-        raise ValueError(f"{text} gives {len(images)} images; at least 2 are wanted")
+    _check_count(text, len(images))  # of which some could not be read
     return Examples(images, stored, names, reasons)
+
+
+def _check_count(text: str, count: int) -> None:
+    if count < 2:
+        raise ValueError(f"{text} gives {count} images; at least 2 are wanted")
 
 
 def _measurable(examples: Examples, judges: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:

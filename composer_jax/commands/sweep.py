@@ -61,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     Returns 1 where a run failed, else 0.
     """
     sweep = load_sweep(args.config, args.overrides)
+    for override in args.overrides:
+        key = override.partition("=")[0]
+        if all(override not in one.overrides or _sets_again(one, override) for one in sweep.runs):
+            tell(f"--config.{key}", f"{sweep.name} sets it for every run")
     if args.list and args.table:
         raise ValueError("--list and --table are both given; one of them")
     if "--jobs" in args.typed and (args.list or args.table):
@@ -85,8 +89,18 @@ def run(args: argparse.Namespace) -> int:
     return int(any(one for one in mine if (one.label, one.seed) in table.reasons))
 
 
+def _sets_again(one: Run, override: str) -> bool:
+    """Whether what comes after an override in a run has the same key."""
+    later = one.overrides[one.overrides.index(override) + 1 :]
+    return override.partition("=")[0] in {word.partition("=")[0] for word in later}
+
+
 def _check_evaluation(sweep: Sweep) -> None:
-    """Raises ValueError for words that `composer evaluate` would refuse after the first run."""
+    """Raises ValueError for words that `composer evaluate` would refuse after the first run, and
+    for what the sweep says itself."""
+    for word in map(str, sweep.evaluate):
+        if word.partition("=")[0] in ("--out", "--model"):
+            raise ValueError(f"{sweep.name}: evaluate has {word}, which the sweep sets itself")
     parser = Parser(prog="composer evaluate", allow_abbrev=False)
     evaluate.add_arguments(parser)
     try:

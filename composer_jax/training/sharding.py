@@ -27,9 +27,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ValueError(f"mesh {sizes}: sizes are positive, at most one is -1")
     known = math.prod(s for s in sizes if s != -1)
+    if len(devices) % known or (known != len(devices) and -1 not in sizes):
+        multiple = "a multiple of " * (-1 in sizes)
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} is for {multiple}{known} devices; "
+            f"there {'is' if len(devices) == 1 else 'are'} {len(devices)}"
+        )
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    if math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: {len(devices)} devices")
     return jax.make_mesh(
         tuple(sizes), AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 3
     )

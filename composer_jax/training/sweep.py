@@ -6,15 +6,47 @@ import importlib
 import itertools
 import pkgutil
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from composer_jax.conditions.base import meant
 from composer_jax.training.config import called, load_config, python_file
+from composer_jax.utils.values import SEED, Allowed, text
 
-KEYS = ("config", "overrides", "runs", "grid", "seeds", "evaluate")
+
+def _is_list(value: Any, *, least: int = 0) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) >= least
+
+
+def _is_dict(value: Any, holds: Callable[[Any], bool]) -> bool:
+    keys = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return keys and all(map(holds, value.values()))
+
+
+def _are_overrides(value: Any) -> bool:
+    return _is_list(value) and all(isinstance(word, str) for word in value)
+
+
+KEYS: dict[str, Allowed] = {
+    "config": text(),
+    "overrides": Allowed('a list, as ("steps=1000",),', _are_overrides),
+    "runs": Allowed(
+        'a dict of lists of overrides, as {"small": ("batch=8",)},',
+        lambda value: _is_dict(value, _are_overrides),
+    ),
+    "grid": Allowed(
+        'a dict of lists of values, as {"batch": (8, 16)},',
+        lambda value: _is_dict(value, lambda values: _is_list(values, least=1)),
+    ),
+    "seeds": Allowed(
+        "a list of seeds, as (0, 1),",
+        lambda value: _is_list(value, least=1) and all(map(SEED.holds, value)),
+    ),
+    "evaluate": Allowed('a list of words, as ("--count", 128),', _is_list),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +74,7 @@ class Sweep:
     doc: str
 
 
-def load_sweep(text: str, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(path: str, overrides: Sequence[str] = ()) -> Sweep:
     """The sweep that `ablations/NAME` or `FILE.py` names; `overrides` are for every run.
 
     Its `get_sweep()` returns a dict:
@@ -57,17 +89,18 @@ def load_sweep(text: str, overrides: Sequence[str] = ()) -> Sweep:
     Every run's config is built here, so that a wrong key is said before the first run. Raises
     ValueError, one line.
     """
-    module = _module(text)
+    module = _module(path)
     if not hasattr(module, "get_sweep"):
-        raise ValueError(f"{text} has no get_sweep(); a sweep file is wanted, not a config")
-    given = called(module, "get_sweep", text)
+        raise ValueError(f"{path} has no get_sweep(); a sweep file is wanted, not a config")
+    given = called(module, "get_sweep", path)
     if not isinstance(given, Mapping) or not given.get("config"):
-        raise ValueError(f"{text}: get_sweep() returns no dict with a config")
+        raise ValueError(f"{path}: get_sweep() returns no dict with a config")
     for key in given:
         if key not in KEYS:
             raise ValueError(
-                f"{text}: no key {key!r}{meant(key, KEYS)}; allowed: {', '.join(KEYS)}"
+                f"{path}: no key {key!r}{meant(key, list(KEYS))}; allowed: {', '.join(KEYS)}"
             )
+        KEYS[key].check(f"{path}: {key}", given[key])
     common = (*given.get("overrides", ()), *overrides)
     points = _points(given.get("runs", {}), given.get("grid", {}))
     runs = [
@@ -77,11 +110,11 @@ def load_sweep(text: str, overrides: Sequence[str] = ()) -> Sweep:
     ]
     folders = [run.folder for run in runs]
     if len(set(folders)) < len(folders):
-        raise ValueError(f"{text}: two runs have the same name; name them apart")
+        raise ValueError(f"{path}: two runs have the same name; name them apart")
     for run in runs:
         load_config(given["config"], run.overrides)
     words = tuple(map(str, given.get("evaluate", ())))
-    name = Path(text).stem if text.endswith(".py") else text
+    name = Path(path).stem if path.endswith(".py") else path
     return Sweep(name, given["config"], tuple(runs), words, module.__doc__ or "")
 
 

@@ -155,7 +155,8 @@ def many(
         )
 
     length = f"{least}" if least == most else f"{least} to {most}"
-    words = f"a list of {length}{' different' if different else ''} values, each {allowed.wanted},"
+    kind, each = " different" * different, allowed.wanted.rstrip(",")
+    words = f"a list of {length}{kind} values, each {each},"
     return Allowed(wanted or words, holds)
 
 

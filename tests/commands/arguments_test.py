@@ -82,6 +82,18 @@ def test_what_is_no_seed_is_refused(words, value, tmp_path, capsys):
         ("train --config scenes64 --workdir /dev/null/x", "/dev/null is a file"),
         ("train --config scenes64:smoke --workdir OUT --config.dtype int8", "one of float32"),
         ("train --config scenes64:smoke --workdir OUT --config.seed", "wants a value"),
+        (
+            "train --config scenes64:smoke --workdir OUT --config.mesh.data=3",
+            "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} is for 3 devices; there is 1",
+        ),
+        (
+            "train --config scenes64:smoke --workdir OUT --config.mesh.fsdp=2",
+            "'fsdp': 2, 'tensor': 1} is for a multiple of 2 devices; there is 1",
+        ),
+        (
+            "train --config scenes64:smoke --workdir OUT --config.optimizer.betas=.9",
+            "a list of 2 values, each a number at least 0, below 1, is wanted",
+        ),
         ("prepare scenes:99999999999999999999 --out OUT", "COUNT of scenes:COUNT"),
         ("prepare folder: --out OUT", "lacks what comes after folder:"),
         ("plan --config scenes64 --topology here --images 0", "--images: the value is 0"),

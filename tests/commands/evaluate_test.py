@@ -119,6 +119,7 @@ def test_a_full_disk_leaves_a_folder_that_goes_on(run, measured, tmp_path, capsy
         (["--experiments", "pair"], "did you mean 'pairs'?"),
         (["--count", "1"], "--count: the value is 1; a whole number from 2"),
         (["--source", "folder:nowhere"], "nowhere"),
+        (["--source", "scenes:1"], "scenes:1 gives 1 images; at least 2 are wanted"),
     ],
 )
 def test_mistakes_end_in_one_line(run, tmp_path, capsys, words, line):

@@ -79,6 +79,8 @@ def test_damaged_files_are_named_and_do_not_end_it(swept, tmp_path, capsys, capl
         ('"--steps", "0"', "--steps: the value is 0"),
         ('"--experiments", "pair"', "did you mean 'pairs'?"),
         ('"--cuont", "2"', "--cuont"),
+        ('"--out", "x"', "evaluate has --out, which the sweep sets itself"),
+        ('"--model=x"', "evaluate has --model=x, which the sweep sets itself"),
     ],
 )
 def test_words_for_evaluate_are_checked_before_the_first_run(tmp_path, capsys, words, said):

@@ -254,6 +254,8 @@ def test_what_the_rest_makes_idle_is_said_once(run, photo, tmp_path, caplog, wor
     [
         ("sweep --config ablations/stems --list --table", "--list and --table", 2),
         ("sweep --config ablations/stems --list --jobs 2", "--jobs does nothing", 0),
+        ("sweep --config ablations/stems --list --config.seed=5", "--config.seed does nothing", 0),
+        ("decompose @ @ --only palette", "two images have the same name", 2),
         ("decompose @ --only palette --depth-weights bundled", "--depth-weights does nothing", 0),
     ],
 )

@@ -49,6 +49,16 @@ def test_lists_grids_and_seeds_are_crossed(tmp_path):
         ({"config": "scenes65"}, "did you mean 'scenes64'"),
         ({"runs": {"a b": (), "a/b": ()}}, "two runs have the same name"),
         ({"grid": {"steps": (0,)}}, "steps is 0"),
+        ({"grid": {"steps": 5}}, r"grid is {'steps': 5}; a dict of lists of values, as"),
+        ({"grid": {"steps": ()}}, "a dict of lists of values"),
+        ({"runs": ["a"]}, r"runs is \['a'\]; a dict of lists of overrides, as"),
+        ({"runs": {"a": "steps=1"}}, "a dict of lists of overrides"),
+        ({"overrides": "steps=1"}, "overrides is 'steps=1'; a list, as"),
+        ({"seeds": 0}, "seeds is 0; a list of seeds, as"),
+        ({"seeds": ()}, "a list of seeds"),
+        ({"seeds": "01"}, "a list of seeds"),
+        ({"evaluate": "--count 2"}, "evaluate is '--count 2'; a list of words, as"),
+        ({"config": 5}, "config is 5; text that is not empty is wanted"),
     ],
 )
 def test_mistakes_are_named(tmp_path, given, message):
