@@ -77,9 +77,8 @@ def load_region(source) -> np.ndarray:
         return painted(load_array(source), str(source))
     array = load_numbers(source)
     if array.dtype.itemsize > 2:
-        array = _as_uint16(array)
-    white = 255.0 if array.max() <= 255 else 65535.0
-    return painted(array / white, str(source))
+        array = _as_uint16(array) / np.float32(65535.0)
+    return painted(array, str(source))
 
 
 def load_array(path) -> np.ndarray:
