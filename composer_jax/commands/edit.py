@@ -15,6 +15,7 @@ from composer_jax.commands.decompose import add_tool_arguments, named_tools
 from composer_jax.commands.sample import (
     add_sampling_arguments,
     add_switches,
+    check_out,
     open_pipeline,
     read_region,
     sampling_options,
@@ -28,7 +29,6 @@ from composer_jax.sampling.edits import TASKS, Task
 from composer_jax.sampling.picture import Picture
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import Series, describe, describe_model, describe_uses
-from composer_jax.utils.atomic import check_writable
 from composer_jax.utils.owned import record
 from composer_jax.utils.png import save_png
 from composer_jax.utils.precision import current_precision
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     for prefix in ("", "own."):
         check_switches(args, prefix)
     settings = _settings(args, task)
-    check_writable(args.out)
+    check_out(args)
     pipe = open_pipeline(args)
     for own, found in (("", given), ("own.", known)):
         for name in conditions.names():

@@ -18,6 +18,7 @@ from composer_jax.commands.decompose import add_tool_arguments, named_tools
 from composer_jax.commands.sample import (
     FORMER,
     add_sampling_arguments,
+    check_out,
     open_pipeline,
     sampling_options,
 )
@@ -47,8 +48,7 @@ from composer_jax.evaluation.quality import effnet_features, quality
 from composer_jax.evaluation.report import Report
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import describe_model
-from composer_jax.utils.atomic import check_writable, write_json, write_text
-from composer_jax.utils.owned import check_not_read
+from composer_jax.utils.atomic import write_json, write_text
 from composer_jax.utils.precision import current_precision
 from composer_jax.utils.values import SEED, choice
 
@@ -109,8 +109,7 @@ class Examples:
 def run(args: argparse.Namespace) -> None:
     """Writes OUT/control.json and OUT/report.html; samples that are in OUT are not made again."""
     wanted, options = args.experiments, check(args)
-    check_not_read(args.out, folders_of(args.source))
-    check_writable(args.out)
+    check_out(args, *folders_of(args.source))
     pipe = open_pipeline(args)
     settings = _settings(args, pipe, options)
     samples = Samples(args.out, settings, FORMER)

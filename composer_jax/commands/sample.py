@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from composer_jax.sampling.options import Options
 from composer_jax.sampling.pipeline import Pipeline
 from composer_jax.storage.series import Series, describe_model, describe_uses
 from composer_jax.utils.atomic import check_writable, write_text
-from composer_jax.utils.owned import record
+from composer_jax.utils.owned import check_not_read, record
 from composer_jax.utils.png import save_png
 from composer_jax.utils.precision import PRECISIONS, current_precision
 
@@ -140,6 +141,13 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
     return pipe
 
 
+def check_out(args: argparse.Namespace, *inputs: str | Path) -> None:
+    """Raises ValueError where OUT is a model's folder or one of `inputs`, and as `check_writable`
+    does."""
+    check_not_read(args.out, [*filter(None, (args.model, args.guide)), *inputs])
+    check_writable(args.out)
+
+
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """What those arguments say, None where nothing; wrong values are refused here."""
     names = [f.name for f in fields(Options) if f.name != "start"]
@@ -158,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
     check_conditions(args, wanted)
     check_switches(args)
     options = sampling_options(args)
-    check_writable(args.out)
+    check_out(args)
     pipe = open_pipeline(args)
     tools = load_tools(**named_tools(args))
     uses = pipe.uses(_given(args, pipe, wanted, tools))

@@ -46,7 +46,8 @@ MAY_CHANGE = (
     "profile_steps",
     "snapshot_every",
 )
-WRITTEN = ("model", "parts", "samples", "ema", "metrics.jsonl")  # in a run's folder
+# in a run's folder; and what tells that it is a cache's
+WRITTEN = ("model", "parts", "samples", "ema", "metrics.jsonl", "composer.json")
 STAY = ("optimizer.name", "optimizer.mu_dtype")  # of these: what an optimizer's state is made of
 
 

@@ -117,6 +117,9 @@ def test_a_wrong_value_is_named_before_the_work(words, says, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words",
     ["prepare folder:IN --out IN", "evaluate --source folder:IN --out IN/../in",
+     "sample --caption cone --model IN --out IN", "evaluate --model IN --out IN",
+     "sample --caption cone --guide IN --autoguidance 2 --out IN",
+     "edit translation IN/a.png --caption cone --model IN --out IN/.",
      "train --config scenes64:smoke --config.source=folder:IN --workdir IN",
      "train --config scenes64:smoke --config.held_out=folder:IN --workdir IN/",
      "train --config scenes64:smoke --config.source=2*cache:x+cache:IN --workdir IN"],

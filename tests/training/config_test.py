@@ -138,7 +138,9 @@ def test_a_damaged_config_is_written_again_unless_a_run_has_begun(tmp_path, cont
         keep_config(config, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model", "parts", "samples", "ema", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["model", "parts", "samples", "ema", "metrics.jsonl", "composer.json"]
+)
 def test_what_others_wrote_is_refused_as_a_workdir(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"holds {name}, of no run"):
