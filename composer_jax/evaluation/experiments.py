@@ -102,7 +102,7 @@ class Samples:
 
     `call`: everything that decides what the images are but their numbers, as JSON's types; written
     with the first part; `former`: what keys mean that it may be older than. Raises as
-    `utils.claims.Claim` does, and writes nothing.
+    `utils.claims.Claim` does.
     """
 
     def __init__(

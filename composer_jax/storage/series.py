@@ -30,7 +30,7 @@ class Series:
 
     `call`: everything but the count that decides what the images are, as JSON's types; written to
     OUT/call.json with the first image; `former`: what keys mean that it may be older than. Raises
-    as `utils.claims.Claim` does, and writes nothing.
+    as `utils.claims.Claim` does.
     """
 
     def __init__(

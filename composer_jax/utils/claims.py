@@ -17,7 +17,8 @@ log = logging.getLogger("composer_jax")
 
 
 class Claim:
-    """The description of a call in `folder`/`name`: compared at once, written by `write`.
+    """The description of a call in `folder`/`name`: compared at once and written by `write`, or
+    at once where it is damaged or gone and the results' tags say that they are this call's.
 
     `call`: all that decides what the results are, as JSON's types. `results`: what is there of
     files that carry the `tag` of their call, which `tag_of` reads; `more`: names of all else that
@@ -66,6 +67,8 @@ class Claim:
             )
         if self._path.exists():
             log.warning("%s is damaged; it is written again", self._path)
+        if results:
+            self.write()
 
     def write(self) -> None:
         """Writes the description, where it is not there yet; raises `WriteError`."""

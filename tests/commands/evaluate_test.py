@@ -88,6 +88,7 @@ def test_the_call_is_told_by_the_samples_where_its_file_is_damaged(
         Samples(out, {**call, "steps": 7})
     Samples(out, call)
     assert "evaluation.json is damaged; it is written again" in caplog.text
+    assert json.loads((out / "evaluation.json").read_text()) == call
 
 
 @pytest.mark.parametrize("name", ["control.json", "report.html", "samples/00000004.png"])
