@@ -2,8 +2,8 @@
 # imagefolder reads a metadata.csv whose texts hold an unquoted comma, and drops half of each text.
 #
 # Versions: datasets 5.2.0, pandas 3.1.1, pillow 13.0.0.
-# First guess: under the header text,file_name the row "A cat, on a lawn,a.png" has a field too many,
-# so load_dataset raises an error, or the file's name is wrong and the image is not found.
+# First guess: under the header text,file_name the row "A cat, on a lawn,a.png" has a field too
+# many, so load_dataset raises an error, or the file's name is wrong and the image is not found.
 # Seen: where each row has a field too many, pandas takes the first field as the index. The images
 # are right, the text is " on a lawn", and "A cat" is in __index_level_0__; no error.
 # The script fails where the texts come out otherwise, or the load raises an error.

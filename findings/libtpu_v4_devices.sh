@@ -2,8 +2,8 @@
 # The described topology v4:2x2x1 has eight devices, twice what jax shows on four such chips.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.52; CPU, nothing of a TPU.
-# First guess: a shape counts chips, and both cores of a v4 chip are one device of jax (megacore), as
-# on v5p, so v4:2x2x1 and v5p:2x2x1 have four devices each.
+# First guess: a shape counts chips, and both cores of a v4 chip are one device of jax (megacore),
+# as on v5p, so v4:2x2x1 and v5p:2x2x1 have four devices each.
 # Seen: v4 has 8 devices, v5p 4. With chip_config_name="megacore" v4 has 4, too. On tpu7x, whose
 # chips do have two devices, there are 8. Programs planned for v4 without that name are sharded over
 # twice the devices, with half of a chip's memory each.
