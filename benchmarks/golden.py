@@ -34,7 +34,8 @@ RUNS = {
     },
     "sample given an image": f"{SAMPLE} --from PHOTO --use sketch,palette,depth,instances,semantics"
     " --sketch.strength 0.7 --palette.window 0:0.5",
-    "sample in a region": f"{SAMPLE} {RED_CONE} --caption.region REGION --palette '#d62828,#003049'",
+    "sample in a region": f"{SAMPLE} {RED_CONE} --caption.region REGION"
+    " --palette '#d62828,#003049'",
     "sample with negatives": f"{SAMPLE} {RED_CONE} --caption.negative 'a green cube' --guidance 3"
     " --interval 0.2:0.8",
     "sample with noise": f"{SAMPLE} {RED_CONE} --eta 0.5 --spacing karras",
@@ -69,7 +70,8 @@ def main() -> int:
         print(f"{len(found)} outputs recorded in {args.file}")
         return 0
     recorded = json.loads(args.file.read_text())
-    different = [name for name in sorted({*found, *recorded}) if found.get(name) != recorded.get(name)]
+    names = sorted({*found, *recorded})
+    different = [name for name in names if found.get(name) != recorded.get(name)]
     print(*(f"differs: {name}" for name in different), sep="\n")
     print(f"{len(recorded) - len(different)} of {len(recorded)} outputs are the same")
     return 1 if different else 0
