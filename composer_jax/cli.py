@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from composer_jax.commands import arguments
@@ -43,15 +44,33 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are ValueErrors of one line, with what was likely meant."""
 
     def error(self, message: str):
-        """Raises ValueError; unknown options and choices come with the closest known one."""
-        options = {word for action in self._actions for word in action.option_strings}
-        known = sorted(options - {"--help"})
-        known += [str(choice) for action in self._actions for choice in action.choices or ()]
-        word = re.search(r"unrecognized arguments: (\S+)|invalid choice: '([^']*)'", message)
-        close = word and difflib.get_close_matches(
-            next(filter(None, word.groups())).split("=")[0], known, n=1
-        )
-        raise ValueError(message + (f" (did you mean {close[0]}?)" if close else ""))
+        """Raises ValueError; an unknown choice comes with the closest known one."""
+        if wrong := re.search(r"argument (\S+): invalid choice: '([^']*)'", message):
+            known = {
+                str(choice): str(choice)
+                for action in self._actions
+                if wrong[1] in (*action.option_strings, action.metavar, action.dest)
+                for choice in action.choices
+            }
+            message = message[: wrong.end()] + _meant(wrong[2], known) + message[wrong.end() :]
+        raise ValueError(message)
+
+    def refuse(self, words: list[str], keys: Iterable[str] = ()):
+        """Raises ValueError for arguments that nothing takes; an unknown option comes with the
+        closest known one, or with the closest of the config's `keys`."""
+        keys = sorted(keys)  # a whole key goes before the last part of another
+        known = {f"--{key.rpartition('.')[2]}": f"--config.{key}" for key in keys}
+        known |= {f"--{word}": f"--config.{key}" for key in keys for word in (
+            key, f"config.{key}")}  # fmt: skip
+        known |= {word: word for action in self._actions for word in action.option_strings}
+        unknown = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
+        raise ValueError(f"unrecognized arguments: {' '.join(words)}{_meant(unknown, known)}")
+
+
+def _meant(word: str, known: Mapping[str, str]) -> str:
+    """` (did you mean 'x'?)`, x what is known by the closest word, or nothing if none is close."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {known[close[0]]!r}?)" if close else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,16 +102,18 @@ def main(argv: list[str] | None = None) -> int:
             sub = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
             if name == chosen:  # the others stay unimported, so that help is quick
                 command = importlib.import_module(f"composer_jax.commands.{name}")
+                sub.set_defaults(parser=sub)
                 command.add_arguments(sub)
-                chosen_parser = sub
         if not chosen:
             return _help(parser, argv)
         args, rest = parser.parse_known_args(argv)
         args.typed = importlib.import_module("composer_jax.commands.unused").typed_options(argv)
-        if hasattr(command, "take_rest"):  # options that only a config or a model knows
+        keys = ()
+        if hasattr(command, "take_rest"):  # a config's keys
             rest = command.take_rest(args, rest)
+            keys = importlib.import_module("composer_jax.training.schema").all_keys()
         if rest:
-            chosen_parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            args.parser.refuse(rest, keys)
         with matmul_precision(getattr(args, "precision", None)):
             return command.run(args) or 0
     except (ValueError, FloatingPointError) as error:

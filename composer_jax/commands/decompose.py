@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("two images have the same name; their results would share a folder")
     check_writable(args.out)
     names = args.only or conditions.names()
-    tell_tools(args, names, f"--only {','.join(names)} does not take it")
     tools = load_tools(clip=args.clip, **named_tools(args))
+    tell_tools(args, names, f"--only {','.join(names)} does not take it")
     reasons: dict[str, str] = {}
     results = {
         path: take_apart(

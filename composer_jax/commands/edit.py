@@ -91,13 +91,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_switches(known, condition.name, "own.")
 
 
-def take_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
-    """Refuses unknown arguments by the task's own parser, which knows what was meant."""
-    if rest:
-        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return rest
-
-
 def run(args: argparse.Namespace) -> None:
     """Writes OUT/0000.png ... and OUT/grid.png, which begins with the images that went in."""
     task, values = TASKS[args.task], vars(args)

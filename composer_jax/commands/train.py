@@ -93,7 +93,8 @@ def train(config: ConfigDict, workdir: Path) -> Task:
     check_values(flat(config))
     check_together(config)
     for source in (config.source, config.held_out):
-        check_not_read(workdir, folders_of(source))
+        for place in filter(None, (workdir, config.pools)):
+            check_not_read(place, folders_of(source))
     check_writable(workdir)
     with matmul_precision(config.get("precision")):
         return _train(config, workdir)

@@ -17,9 +17,8 @@ from composer_jax.conditions.maps import grey, load_map, run_tool
 _NEAR = 65535
 _NETWORK = "the depth network"
 _FLAT = 1e-4  # relative spread under which a map says nothing but "all at one distance"
-_SOURCES = (
-    "a depth map given by the source, a depth image by hand, or a depth network passed as tool"
-)
+_TOOL = "a depth network passed as tool (--depth-weights, config key tools.depth)"
+_SOURCES = f"a depth map given by the source, a depth image by hand, or {_TOOL}"
 
 
 class Depth(Condition):
@@ -101,7 +100,7 @@ class Depth(Condition):
         Of two flat maps 1, of one 0. Raises ValueError without a tool.
         """
         if tool is None:
-            raise ValueError("measuring depth needs a depth network passed as tool")
+            raise ValueError(f"measuring depth needs {_TOOL}")
         wanted = np.asarray(wanted, np.float64)
         found = np.asarray(run_tool(tool, image[None], _NETWORK)[0], np.float64)
         found = fit_map(found, wanted.shape, "area")

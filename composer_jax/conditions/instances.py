@@ -20,9 +20,8 @@ from composer_jax.conditions.segmenter import OnnxSegmenter
 __all__ = ["CLASS_COLOURS", "Instances", "OnnxSegmenter", "class_colours", "mean_iou"]
 
 JITTER = 0.08  # how far an instance's colour may lie from its class's, per channel
-_SOURCES = (
-    "an id map or masks given by the source, an id map by hand, or a segmenter passed as tool"
-)
+_TOOL = "a segmenter passed as tool (--segmenter, config key tools.segmenter)"
+_SOURCES = f"an id map or masks given by the source, an id map by hand, or {_TOOL}"
 
 
 def class_colours() -> np.ndarray:
@@ -144,7 +143,7 @@ class Instances(Condition):
         Raises ValueError without a tool.
         """
         if tool is None:
-            raise ValueError("measuring instances needs a segmenter passed as tool")
+            raise ValueError(f"measuring instances needs {_TOOL}")
         ids = np.asarray(wanted["ids"])
         found = _compact(run_tool(tool, image[None], "the segmenter")[0])["ids"]
         return mean_iou(ids, fit_map(found, ids.shape, "nearest"))

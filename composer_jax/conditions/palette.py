@@ -16,10 +16,12 @@ import numpy as np
 from composer_jax.conditions.base import Condition, Feature, Part, meant, register
 from composer_jax.conditions.colour import linear_from_srgb
 from composer_jax.conditions.image import load_array, load_image, load_rgba
+from composer_jax.utils.values import shown
 
 BINS = 156
 TABLE = Path(__file__).parents[1] / "assets" / "palette.npz"  # of benchmarks/palette.py --make
 ALLOWED = "allowed: #rgb, #rrggbb or a CSS name, each with an optional :weight, split by commas"
+FORMS = f"allowed: colours ('#d62828:0.6,#003049:0.4'), {BINS} numbers, or an image [H, W, 3]"
 
 # sRGB (D65, 2 degrees) to XYZ, divided by the white point; the rounding is the common libraries'.
 _XYZ = np.array(
@@ -149,16 +151,16 @@ class Palette(Condition):
             return self._of_image(text)
         if isinstance(text, Sequence) and text and all(isinstance(item, str) for item in text):
             return self._from_colours(text)
-        return self._from_array(np.asarray(text), "the palette")
+        array = np.asarray(text)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"the palette is {shown(text)}; {FORMS}")
+        return self._from_array(array, "the palette")
 
     def _from_array(self, array: np.ndarray, what: str) -> np.ndarray:
         if array.ndim in (2, 3):
             return self._of_image(array)
         if array.shape != (BINS,) or array.dtype.kind not in "fiu":
-            raise ValueError(
-                f"{what} has shape {array.shape} of {array.dtype}; "
-                f"allowed: colours ('#d62828:0.6'), {BINS} numbers, or an image [H, W, 3]"
-            )
+            raise ValueError(f"{what} has shape {array.shape} of {array.dtype}; {FORMS}")
         counts = array.astype(np.float64)
         if not (np.all(np.isfinite(counts)) and counts.min() >= 0.0 and counts.sum() > 0.0):
             raise ValueError(f"{what} must have counts that are not negative and not all 0")

@@ -45,7 +45,7 @@ class Semantics(Condition):
         is_path = isinstance(text, str | os.PathLike)
         loaded = load_array(text) if is_path and Path(text).suffix.lower() == ".npy" else text
         if isinstance(loaded, np.ndarray) and loaded.ndim == 1:
-            return _embedding(loaded, text if is_path else "the embedding", tool)
+            return _embedding(loaded, text if is_path else "the array", tool)
         image = load_image(loaded)
         if _is_fingerprint(image):
             raise ValueError(
@@ -99,7 +99,7 @@ def _is_fingerprint(image: np.ndarray) -> bool:
 
 def _embedding(vector: np.ndarray, what, tool) -> np.ndarray:
     if vector.dtype.kind not in "fiu" or not np.all(np.isfinite(vector)) or not np.any(vector):
-        raise ValueError(f"{what} is not an embedding: it must be finite numbers, not all zero")
+        raise ValueError(f"{what} is no embedding: finite numbers, not all zero, are wanted")
     if tool is not None and len(vector) != tool.sizes["embed_width"]:
         raise ValueError(
             f"{what} has {len(vector)} numbers; this CLIP's embeddings have "

@@ -62,6 +62,11 @@ class ComposerConfig:
                 hint = meant(word, known)
                 raise ValueError(f"model.{name} {word!r}{hint}; allowed: {', '.join(known)}")
 
+    @property
+    def multiple(self) -> int:
+        """What an image's sides are multiples of, in pixels."""
+        return self.factor * self.unet.patch * 2 ** (len(self.unet.block_out_channels) - 1)
+
     def to_dict(self) -> dict:
         """As JSON's types."""
         return asdict(self) | {"unet": self.unet.to_dict(), "conditions": list(self.conditions)}

@@ -333,8 +333,7 @@ class Pipeline:
 
 
 def _checked_size(model: Model, size: int) -> int:
-    unet = model.composer.config.unet
-    step = model.vae.factor * unet.patch * 2 ** (len(unet.block_out_channels) - 1)
+    step = model.composer.config.multiple
     if not isinstance(size, int) or size < step or size % step:
         raise ValueError(f"size is {size!r}; a multiple of {step} pixels is wanted")
     return size

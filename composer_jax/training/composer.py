@@ -60,6 +60,12 @@ def make_recipe(
         factor=codec.factor,
         **{key: value for key, value in config.model.items() if key != "unet"},
     )
+    if config.image_size % composer_config.multiple:
+        raise ValueError(
+            f"config key image_size is {config.image_size}; a multiple of "
+            f"{composer_config.multiple} is wanted: of the codec's {codec.factor} x "
+            f"model.unet.patch, {composer_config.unet.patch}, x 2 for every level after the first"
+        )
     process, start, fresh = _start(config, composer_config)
     dtype = jnp.dtype(config.dtype)
 

@@ -222,11 +222,8 @@ def batch_shapes(
     config, names, sizes: Mapping[str, int], codec: VAEConfig, batch: int
 ) -> dict[str, Any]:
     """Shapes of what a step takes: images, moments, and what the conditions store."""
-    side = config.image_size
-    if side % codec.factor:
-        raise ValueError(f"image size {side} is not a multiple of the codec's {codec.factor}")
     codec_sizes = {"factor": codec.factor, "latent_channels": codec.latent_channels}
-    specs = feature_specs(names, {**sizes, **codec_sizes}, side)
+    specs = feature_specs(names, {**sizes, **codec_sizes}, config.image_size)
     shapes = {
         path: jax.ShapeDtypeStruct((batch, *spec.shape), spec.dtype)
         for path, spec in specs.items()

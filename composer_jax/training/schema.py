@@ -185,6 +185,11 @@ def allowed_keys(task: str) -> dict[str, Allowed]:
     return keys
 
 
+def all_keys() -> set[str]:
+    """The keys of all tasks' configs."""
+    return {key for task in TASKS for key in allowed_keys(task)}
+
+
 def check_values(values: Mapping[str, Any]) -> None:
     """Raises ValueError, one line naming the key, the value and what is allowed, where a config's
     `values`, by dotted key, are not what a task takes: key by key, then together."""

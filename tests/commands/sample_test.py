@@ -110,7 +110,7 @@ def test_a_report_of_two_conditions_compares_their_directions(words, tmp_path, c
         (["--rescale", "2"], "--rescale: the value is 2.0; a number from 0 to 1 is wanted"),
         (["--autoguidance", "2"], "--autoguidance needs --guide"),
         (["--eta", "0.5", "--solver", "heun"], "eta is for the solver ddim"),
-        (["--solver", "unipcc"], "did you mean unipc"),
+        (["--solver", "unipcc"], "'unipcc' (did you mean 'unipc'?)"),
         (["--size", "65"], "size is 65; a multiple of"),
         (["--interval", "0.5"], "START:END"),
     ],

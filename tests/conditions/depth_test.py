@@ -38,7 +38,9 @@ def test_what_is_known_wins_over_the_network_and_without_both_there_is_no_fake()
         assert np.all(known == 65535)
     seen = DEPTH.extract(images(1), {}, tool=network)
     np.testing.assert_array_equal(seen[0, 0], np.rint(np.arange(7) / 6 * 65535))
-    with pytest.raises(ValueError, match=r"depth map given by the source.*network passed as tool"):
+    with pytest.raises(
+        ValueError, match=r"map given by the source.*passed as tool \(--depth-weights"
+    ):
         DEPTH.extract(images(1))
     with pytest.raises(ValueError, match=r"the depth network gave \[1, 5\]"):
         DEPTH.extract(images(1), tool=lambda batch: np.zeros((1, 5)))

@@ -77,7 +77,7 @@ def test_mistakes_end_in_one_clear_line(tmp_path):
         "nowhere.npy": (str(tmp_path / "nowhere.npy"), CLIP),
         "long.npy has 7 numbers; this CLIP's embeddings have 3": (tmp_path / "long.npy", CLIP),
         "not all zero": (np.zeros(3), CLIP),
-        "must be finite": (np.array([1.0, np.inf, 0.0]), CLIP),
+        "^the array is no embedding: finite": (np.array([1.0, np.inf, 0.0]), CLIP),
         "semantics needs a CLIP": (RED, None),
     }
     for message, (source, tool) in cases.items():

@@ -183,6 +183,14 @@ def test_a_batch_in_which_nothing_is_stored_is_traced():
     assert value.shape == (8,)
 
 
+@pytest.mark.parametrize("more", [["model.unet.patch=3"], ["image_size=72"]])
+def test_an_image_that_the_levels_cannot_halve_is_refused(more):
+    config = load_config("scenes64:smoke", more)
+    message = r"config key image_size is \d+; a multiple of \d+ is wanted: of the codec's 4 x model"
+    with pytest.raises(ValueError, match=message):
+        _composer(config, 8)
+
+
 @pytest.mark.mesh
 @pytest.mark.parametrize(
     ("words", "message"),

@@ -71,5 +71,5 @@ def test_a_config_names_it():
 @pytest.mark.parametrize("command", ["sample", "evaluate", "compile"])
 def test_commands_take_it(command, tmp_path, capsys):
     assert main([command, "--out", str(tmp_path / "x"), "--precision", "hihest"]) == 2
-    assert "did you mean highest?" in capsys.readouterr().err
+    assert "did you mean 'highest'?" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
