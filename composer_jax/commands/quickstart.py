@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import subprocess
 import sys
@@ -30,7 +29,9 @@ from composer_jax.evaluation.control import (
 from composer_jax.evaluation.judges import scenes_judges
 from composer_jax.evaluation.pictures import labelled_sheet
 from composer_jax.evaluation.report import Report
+from composer_jax.models.files import read_json
 from composer_jax.sampling.pipeline import Pipeline
+from composer_jax.storage.metrics import read_metrics
 from composer_jax.training.config import load_config
 from composer_jax.utils.atomic import check_writable, write_text
 
@@ -125,12 +126,11 @@ def train_with_interruption(config: str, workdir: Path) -> int:
 def metrics(workdir: Path) -> list[dict]:
     """The rows of metrics.jsonl so far."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_metrics(path) if path.is_file() else []
 
 
 def _steps(workdir: Path) -> int:
-    return json.loads((workdir / "config.json").read_text())["steps"]
+    return read_json(workdir / "config.json")["steps"]
 
 
 def curve(report: Report, workdir: Path, resumed_at: int) -> None:

@@ -210,7 +210,7 @@ def collect(sweep: Sweep, out: Path) -> Table:
     """What all runs of a sweep reached so far."""
     found: Mapping = {(one.label, one.seed): results(out / one.folder) for one in sweep.runs}
     reasons = {
-        (one.label, one.seed): (out / one.folder / FAILED).read_text().strip()
+        (one.label, one.seed): (out / one.folder / FAILED).read_text(errors="replace").strip()
         for one in sweep.runs
         if (out / one.folder / FAILED).is_file() and not found[one.label, one.seed]
     }

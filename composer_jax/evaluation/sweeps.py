@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from composer_jax.evaluation.report import Report
+from composer_jax.storage.metrics import read_metrics
 
 log = logging.getLogger("composer_jax")
 TRAINED, MEASURED, FAILED = "run", "evaluation", "failed.txt"  # in the folder of a run
@@ -32,7 +33,7 @@ def results(folder: Path) -> dict[str, float]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s is damaged (%s); the run counts as not measured", path, error)
         return {}
-    lines = _log_lines(folder / TRAINED / "metrics.jsonl")
+    lines = read_metrics(folder / TRAINED / "metrics.jsonl")
     for key in ("loss", "held_out_loss"):
         values = [line[key] for line in lines if key in line]
         if values:
@@ -53,22 +54,6 @@ def _measured(found: dict) -> dict[str, float]:
     if found["retention"]:
         row["retention"] = float(np.mean(list(found["retention"].values())))
     return row
-
-
-def _log_lines(path: Path) -> list[dict]:
-    """The lines of a run's log that can be read; what cannot is logged."""
-    try:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        log.warning("%s cannot be read: %s", path, error.strerror)
-        return []
-    lines = []
-    for number, text in enumerate(texts, 1):
-        try:
-            lines.append(dict(json.loads(text)))
-        except (ValueError, TypeError):
-            log.warning("%s: line %d is damaged and left out", path, number)
-    return lines
 
 
 def interval(values: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from composer_jax.storage.metrics import read_metrics
 from composer_jax.training.cluster import is_main
 from composer_jax.training.hardware import chip_of
 from composer_jax.utils.atomic import append_bytes, write_text, writing
@@ -139,13 +140,6 @@ class _Board:
 
 def _cut_back(path: Path, step: int) -> None:
     """Drops the lines that a restored run will write again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # a line half-written when the run died
-            continue
-    write_text(path, "".join(kept))
+    if path.is_file():
+        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+        write_text(path, "".join(kept))

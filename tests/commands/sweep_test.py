@@ -73,6 +73,14 @@ def test_damaged_files_are_named_and_do_not_end_it(swept, tmp_path, capsys, capl
     assert f"{path}" in caplog.text and "damaged" in caplog.text
 
 
+def test_a_damaged_reason_is_shown_as_far_as_it_can_be_read(swept, tmp_path):
+    folder, words, _ = swept
+    out = shutil.copytree(folder / "out", tmp_path / "out")
+    (out / "bad-seed0" / "failed.txt").write_bytes(b"train ended \xff")
+    assert main([*words[:-1], str(out), "--table"]) == 1
+    assert "bad, seed 0: train ended" in (out / "table.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

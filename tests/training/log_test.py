@@ -50,3 +50,11 @@ def test_a_full_disk_ends_a_run_and_leaves_whole_lines(tmp_path, full):
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         assert json.loads(line)["step"] < 1000
     assert [event.step for event in events(tmp_path)][-1] == step - 1
+
+
+def test_a_run_that_goes_on_keeps_the_lines_up_to_its_step_but_damaged_ones(tmp_path, caplog):
+    path, line = tmp_path / "metrics.jsonl", b'{"step": 1, "loss": 0.5}'
+    path.write_bytes(b"\n".join([line, b"\xff", b"[]", line.replace(b"1", b"3")]))
+    Log(tmp_path, 2, 10, 2).close()
+    assert path.read_bytes() == line + b"\n"
+    assert f"{path}: line 2 is damaged" in caplog.text
