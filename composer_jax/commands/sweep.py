@@ -123,7 +123,10 @@ def _keep(sweep: Sweep, out: Path) -> None:
     if old is None and not path.exists():
         for name in TABLES:
             if (out / name).exists():
-                raise ValueError(f"{out} holds {name}, which is of no sweep; give another --out")
+                raise ValueError(
+                    f"{out} holds {name}, and there is no sweep.json, which says of which sweep; "
+                    "give another --out"
+                )
     old = old or {}
     for key, words in old.items():
         if key not in new:

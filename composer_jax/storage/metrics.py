@@ -17,6 +17,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     except OSError as error:
         log.warning("%s cannot be read: %s", path, error.strerror)
         return []
+    if not texts:
+        log.warning("%s is empty", path)
     lines = []
     for number, text in enumerate(texts, 1):
         try:

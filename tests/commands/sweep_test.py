@@ -103,7 +103,7 @@ def test_what_others_wrote_is_not_written_over(swept, tmp_path, capsys):
     _, words, _ = swept
     (tmp_path / "table.csv").write_text("mine")
     assert main([*words[:-1], str(tmp_path)]) == 2
-    assert "holds table.csv, which is of no sweep" in capsys.readouterr().err
+    assert "holds table.csv, and there is no sweep.json" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 

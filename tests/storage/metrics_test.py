@@ -16,3 +16,9 @@ def test_a_damaged_line_is_named_and_left_out(tmp_path, caplog, damage):
     path.write_bytes(b"\n".join([LINE, damage, LINE]))
     assert read_metrics(path) == [{"step": 1, "loss": 0.5}] * 2
     assert f"{path}: line 2 is damaged and left out" in caplog.text
+
+
+def test_an_empty_log_is_named(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    assert read_metrics(path) == [] and f"{path} is empty" in caplog.text
