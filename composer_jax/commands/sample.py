@@ -167,9 +167,10 @@ def run(args: argparse.Namespace) -> None:
     check_switches(args)
     options = sampling_options(args)
     check_out(args)
+    rgba = load_rgba(args.image) if args.image else None
     pipe = open_pipeline(args)
     tools = load_tools(**named_tools(args))
-    uses = pipe.uses(_given(args, pipe, wanted, tools))
+    uses = pipe.uses(_given(args, pipe, rgba, wanted, tools))
     pipe.check(uses, seed=args.seed, **options)
     measured = uses if args.report else ()
     tell_tools(args, {*wanted, *measured}, "it takes nothing from an image here, for --use or "
@@ -204,13 +205,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _given(
-    args: argparse.Namespace, pipe: Pipeline, wanted: list[str], tools: Mapping[str, Any]
+    args: argparse.Namespace,
+    pipe: Pipeline,
+    rgba: np.ndarray | None,
+    wanted: list[str],
+    tools: Mapping[str, Any],
 ) -> dict[str, list[Use]]:
-    """The uses that the command line asks for."""
+    """The uses that the command line asks for, of the image `rgba` and of values."""
     given: dict[str, Any] = {}
-    if args.image:
+    if rgba is not None:
         tools = pipe.tools(wanted) | tools
-        rgba = load_rgba(args.image)
         known = {n: fit_map(a, (pipe.size,) * 2, "area") for n, a in known_alpha(rgba).items()}
         image = pipe.fit_image(on_white(rgba))
         given |= decompose(image, only=wanted, given=known, tools=tools)

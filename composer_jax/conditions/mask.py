@@ -102,7 +102,7 @@ class Mask(Condition):
         else:
             source = unpacked(text)
         if source is not None:
-            return _pair(**_named(source))
+            return _read(source)
         image = load_rgba(text)
         if image.shape[2] == 3:
             what = f"{text} has" if isinstance(text, str | os.PathLike) else "mask: the image has"
@@ -137,7 +137,7 @@ class Mask(Condition):
 
     def checked(self, stored, sizes=MappingProxyType({})):
         """As of any condition; `keep` may be bool, or numbers from 0 to 1, too."""
-        return super().checked(_pair(**_named(stored)), sizes)
+        return super().checked(_read(stored), sizes)
 
     def measure(self, wanted, image, tool=None):
         """1 - mean absolute difference of what was to stay, in [0, 1]; nan where nothing was."""
@@ -257,11 +257,18 @@ def _split(text: str) -> dict[str, str]:
     return {"image": image, "mask": rest}
 
 
+def _read(source: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """One example; a word about the older form comes once it is read."""
+    pair = _pair(**_named(source))
+    if "mask" in source:
+        log.warning(OLD)
+    return pair
+
+
 def _named(source: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of `_pair`."""
     source = dict(source)
     if "mask" in source:
-        log.warning(OLD)
         source["keep"] = source.pop("mask")
     if set(source) not in ({"image", "keep"}, {"image", "region"}):
         raise ValueError(

@@ -159,6 +159,8 @@ def test_a_codec_trains_on_a_folder_of_few_photos(photo, tmp_path, capsys):
         (["sample", "--out", "OUT", "--model", "RUN", "--sketch", "PHOTO", "--sketch.strength",
           "2"], "strength"),
         (["sample", "--out", "OUT", "--from", "PHOTO"], "go together"),
+        (["sample", "--out", "OUT", "--model", "nowhere", "--from", "TEXT", "--use", "palette"],
+         "text.png is not an image"),
         (["decompose", "no.png", "--out", "OUT"], "no.png"),
         (["decompose", "TEXT", "--out", "OUT"], "text.png"),
         (["decompose", "CUT", "--out", "OUT"], "cut.jpg"),

@@ -231,7 +231,7 @@ def test_what_fits_no_mask_is_named(mask, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_mistakes_are_named(mask, tmp_path):
+def test_mistakes_are_named(mask, tmp_path, caplog):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(np.zeros((8, 30, 3), np.uint8)).save(tmp_path / "wide.png")
     for source, message in {
@@ -245,6 +245,7 @@ def test_mistakes_are_named(mask, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             mask.parse(source)
         assert "\n" not in str(error.value)
+    assert not caplog.records
     with pytest.raises(ValueError, match="no transparency"):
         mask.parse(np.zeros((4, 4, 3), np.uint8))
 
