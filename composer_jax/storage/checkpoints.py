@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -42,6 +43,8 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._folder, self._options = folder.resolve(), options
+        if jax.process_index() == 0:
+            _drop_damaged_metadata(self._folder)
         with writing(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._failed: str | None = None
@@ -149,6 +152,16 @@ class Checkpoints:
             raise OSError(failed)
 
 
+def _drop_damaged_metadata(folder: Path) -> None:
+    """Removes orbax's own metadata where it is JSON and no object: orbax goes on without it, or
+    with other damage, but raises at that."""
+    for path in folder.glob("[0-9]*/_CHECKPOINT_METADATA"):
+        with contextlib.suppress(OSError, ValueError):
+            if not isinstance(json.loads(path.read_bytes()), dict):
+                log.warning("%s is damaged and removed", path)
+                path.unlink()
+
+
 def newest_notes(folder: Path) -> dict | None:
     """The newest notes that can be read, of the checkpoints under `folder`; None without any."""
     steps = [path for path in folder.glob("*") if path.name.isdigit()]
@@ -182,5 +195,7 @@ def _refusal(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, LookupError | TypeError | AttributeError):  # of a wrong value in a file
+        return f"it is damaged, {error!r}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].split(". See")[0][:200]

@@ -43,12 +43,12 @@ class Log:
         self._path, self._batch, self.flops = workdir / "metrics.jsonl", batch, 0.0
         self._waiting: list[tuple[int, Mapping]] = [(step, row) for step, row in waiting]
         self._timed, self._since = 0, None
-        self._bar = tqdm(
-            total=steps, initial=start, unit="step", disable=not is_main(), smoothing=0.05
-        )
         if is_main():
             _cut_back(self._path, start)
             self._board = _Board(workdir / "tensorboard", start)
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not is_main(), smoothing=0.05
+        )
         chip = chip_of(jax.devices()[0].device_kind)
         self._peak = chip.flops if chip else None
         if chip is None and jax.devices()[0].platform != "cpu" and is_main():

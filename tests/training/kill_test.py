@@ -109,6 +109,7 @@ DAMAGE = {
     "state gone": lambda folder: shutil.rmtree(folder / "state"),
     "notes gone": lambda folder: shutil.rmtree(folder / "notes"),
     "notes cut": lambda folder: cut(folder / "notes" / "metadata"),
+    "notes of another type": lambda folder: (folder / "notes" / "metadata").write_text("[]"),
     "empty": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
 }
 
@@ -122,3 +123,13 @@ def test_the_newest_whole_checkpoint_is_used_and_named(saved, caplog, kind):
     whole = toy.fit(saved / "whole", toy.settings(12))
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     assert toy.rows(saved) == toy.rows(saved / "whole")
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{", ""])
+def test_orbaxs_own_metadata_may_be_damaged(saved, caplog, content):
+    (saved / "checkpoints" / "8" / "_CHECKPOINT_METADATA").write_text(content)
+    with caplog.at_level(logging.INFO, logger="composer_jax"):
+        toy.fit(saved, toy.settings(12))
+    assert "going on from step 8" in caplog.text
+    removed = "_CHECKPOINT_METADATA is damaged and removed" in caplog.text
+    assert removed == (content in ("[]", "5"))
