@@ -47,9 +47,9 @@ class Allowed:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: its repr, cut where it is long."""
+    """A value in a message: its repr in one line, cut where it is long."""
     try:
-        text = repr(value)
+        text = re.sub(r"\n\s*", " ", repr(value))
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -58,10 +58,10 @@ def test_a_task_ends_in_images_and_a_grid_that_begins_with_its_sources(
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("variations @a.png", "did you mean variation?"),
+        ("variations @a.png", "did you mean 'variation'?"),
         ("variation", "required: IMAGE"),
         ("variation @a.png @b.png", "unrecognized arguments"),
-        ("variation @a.png --holds palette", "did you mean --hold?"),
+        ("variation @a.png --holds palette", "did you mean '--hold'?"),
         ("variation @a.png --hold palete", "did you mean 'palette'?"),
         ("variation @none.png", "none.png"),
         ("variation @a.png --count 0", "--count: the value is 0; a whole number from 1"),
