@@ -155,7 +155,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
 
 
 def test_mesh_and_tactics_are_checked():
-    with pytest.raises(ValueError, match="8 devices"):
+    with pytest.raises(ValueError, match="is for 3 devices; there are 8"):
         make_mesh(3, 1, 1)
     with pytest.raises(ValueError, match="at most one is -1"):
         make_mesh(-1, -1, 1)
