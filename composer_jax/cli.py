@@ -34,7 +34,7 @@ COMMANDS = {
     "compile": "trace the sampler once, for starts without tracing",
 }
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 FOLDERS = ("--out", "--workdir")  # options of commands that write
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 XLA_OPTIONS = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"composer: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno in FULL and error.filename:  # what was not written by utils.atomic
+        if error.errno in UNWRITABLE and error.filename:  # what was not written by utils.atomic
             error = WriteError(Path(error.filename), error)
         print(f"composer: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
